@@ -1,0 +1,53 @@
+#include "engine.h"
+
+namespace lora_da::bindings {
+
+void Engine::post(Task run, Task abandon) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    queue_.push_back({std::move(run), std::move(abandon), epoch_});
+  }
+  wake_.notify_one();
+}
+
+void Engine::cancel() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ++epoch_;
+  if (model) model->cancelled.store(true);
+}
+
+void Engine::stop() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_) return;
+    stopping_ = true;
+    ++epoch_;
+    if (model) model->cancelled.store(true);
+  }
+  wake_.notify_one();
+  thread_.join();
+}
+
+void Engine::loop() {
+  while (true) {
+    Entry entry;
+    bool abandoned;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
+      if (queue_.empty()) break;
+      entry = std::move(queue_.front());
+      queue_.pop_front();
+      abandoned = entry.epoch != epoch_;
+      if (!abandoned && model) model->cancelled.store(false);
+    }
+    (abandoned ? entry.abandon : entry.run)();
+  }
+  std::unique_ptr<Decoder> last;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    last = std::move(model);
+  }
+}
+
+}  // namespace lora_da::bindings

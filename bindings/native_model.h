@@ -1,0 +1,58 @@
+// The JavaScript class over one model: every method queues work on the engine thread and returns a promise (types: lib/native.ts).
+#pragma once
+
+#include <napi.h>
+
+#include <memory>
+
+#include "channel.h"
+#include "engine.h"
+
+namespace lora_da::bindings {
+
+struct ModelState {
+  explicit ModelState(Napi::Env env) : channel(env) {}
+
+  Channel channel;
+  Engine engine;
+  bool disposed = false;  // JavaScript thread only
+};
+
+class NativeModel : public Napi::ObjectWrap<NativeModel> {
+ public:
+  static Napi::Function define(Napi::Env env);
+  // loadModel(options, onProgress) -> Promise<NativeModel>
+  static Napi::Value load(const Napi::CallbackInfo& info);
+
+  explicit NativeModel(const Napi::CallbackInfo& info);
+  ~NativeModel() override;
+
+ private:
+  Napi::Value info(const Napi::CallbackInfo& info);
+  Napi::Value addLora(const Napi::CallbackInfo& info);
+  Napi::Value removeLora(const Napi::CallbackInfo& info);
+  Napi::Value readFactors(const Napi::CallbackInfo& info);
+  Napi::Value writeFactors(const Napi::CallbackInfo& info);
+  Napi::Value readMoments(const Napi::CallbackInfo& info);
+  Napi::Value writeMoments(const Napi::CallbackInfo& info);
+  Napi::Value trainStep(const Napi::CallbackInfo& info);
+  Napi::Value evaluate(const Napi::CallbackInfo& info);
+  Napi::Value logits(const Napi::CallbackInfo& info);
+  Napi::Value initialize(const Napi::CallbackInfo& info);
+  Napi::Value collect(const Napi::CallbackInfo& info);
+  Napi::Value generate(const Napi::CallbackInfo& info);
+  Napi::Value mergedWeight(const Napi::CallbackInfo& info);
+  Napi::Value planMemory(const Napi::CallbackInfo& info);
+  Napi::Value cancel(const Napi::CallbackInfo& info);
+  Napi::Value dispose(const Napi::CallbackInfo& info);
+
+  std::shared_ptr<ModelState> state_;
+  Napi::ObjectReference info_;
+};
+
+// Per environment (the add-on also runs in worker threads).
+struct AddonData {
+  Napi::FunctionReference modelClass;
+};
+
+}  // namespace lora_da::bindings

@@ -1,0 +1,236 @@
+// What a device must be able to do: the contract between the model, which owns the order of operations, and a
+// device, which owns how they are computed and fused.
+//
+// Conventions
+// - Matrices are row-major views: element (i, j) is data[i * stride + j]. T is the number of rows of a packed batch
+//   (all sequences end to end, padded at the end to a multiple of 64 rows), H a width, r a LoRA rank.
+// - "=" overwrites, "+=" accumulates; each comment says which.
+// - "compute type" is the type of activations and products: float32 or bfloat16. The residual stream, norms' inputs,
+//   gradients of the residual stream, adapter weights, gradients and moments are float32 in both.
+// - Operations enqueue and return; results may be read on the host after download() + synchronize().
+// - Views passed to one call must not overlap unless the comment says "in place".
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace lora_da {
+
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;
+
+  template <class T>
+  T* as() const { return static_cast<T*>(data); }
+  Matrix columns(int64_t first, int64_t count) const {
+    return {static_cast<char*>(data) + first * static_cast<int64_t>(sizeOf(dtype)), dtype, rows, count, stride};
+  }
+  Matrix rowRange(int64_t first, int64_t count) const {
+    return {static_cast<char*>(data) + first * stride * static_cast<int64_t>(sizeOf(dtype)), dtype, count, cols, stride};
+  }
+};
+
+// Device memory, freed with its owner.
+using Buffer = std::unique_ptr<void, std::function<void(void*)>>;
+
+// A frozen weight W [out, in] in whatever layout the device's products want.
+class Weight {
+ public:
+  virtual ~Weight() = default;
+  int64_t out = 0;
+  int64_t in = 0;
+};
+
+// Where a frozen weight comes from: mapped file pages (see core/mapped_file.h).
+struct HostTensor {
+  std::string name;
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  std::function<void()> release;  // tells the system that the pages are no longer needed; may be empty
+};
+
+// What a weight will be used for; a device prepares only the layouts that are asked for.
+struct WeightUses {
+  bool forward = true;     // linear
+  bool inputGrad = false;  // linearInputGrad
+  bool lookup = false;     // embed
+};
+
+// The sequences of a packed batch: sequence s has rows [starts[s], starts[s+1]); rows from starts[count] on are padding.
+struct Sequences {
+  const int32_t* starts = nullptr;   // device memory, count + 1 entries
+  std::vector<int32_t> hostStarts;   // the same on the host
+  int32_t count() const { return static_cast<int32_t>(hostStarts.size()) - 1; }
+};
+
+struct Rotary {
+  const float* cos = nullptr;  // [positions, pairs], device memory; attention scaling folded in
+  const float* sin = nullptr;
+  int64_t pairs = 0;           // rotary dimension / 2; the pair of element i is i + pairs; elements from 2*pairs on pass unchanged
+};
+
+// Optional RMSNorm over each head before the rotation (Qwen3).
+struct HeadNorm {
+  const float* weight = nullptr;  // [headDim]; null: no norm
+  float epsilon = 0;
+};
+
+struct AttentionShape {
+  int32_t heads = 0;
+  int32_t kvHeads = 0;   // heads % kvHeads == 0; query head h reads key head h / (heads / kvHeads)
+  int32_t headDim = 0;
+  float scale = 1;       // softmax(scale * q k^T)
+  int32_t window = 0;    // 0: causal; else a query at p sees keys p-window+1 .. p
+};
+
+enum class Activation { silu, geluTanh, gelu };
+
+// One trainable tensor with its optimizer state, all float32 [count].
+struct Parameter {
+  float* value = nullptr;
+  float* grad = nullptr;
+  float* firstMoment = nullptr;
+  float* secondMoment = nullptr;
+  void* shadow = nullptr;  // `value` in the compute type for products; null when the compute type is float32
+  int64_t count = 0;
+};
+
+struct AdamWStep {
+  float learningRate = 0;
+  float beta1 = 0.9f;
+  float beta2 = 0.999f;
+  float epsilon = 1e-8f;
+  float weightDecay = 0;
+  float maxGradNorm = 0;  // 0: no clipping
+  int64_t step = 1;       // 1 for the first update
+};
+
+enum class Transpose { no, yes };
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual std::string name() const = 0;
+  virtual DType computeType() const = 0;
+
+  // --- memory -------------------------------------------------------------------------------------------------
+  virtual Buffer allocate(size_t bytes, const std::string& purpose) = 0;  // 64-byte aligned, contents undefined
+  virtual void upload(void* device, const void* host, size_t bytes) = 0;  // `host` may be reused after the call
+  virtual void download(void* host, const void* device, size_t bytes) = 0;
+  virtual void zero(void* device, size_t bytes) = 0;
+  virtual void synchronize() = 0;
+  // Bytes that the device's own scratch grows to in a step with this vocabulary.
+  virtual size_t workspaceBytes(int64_t vocabulary) const = 0;
+
+  // --- products -----------------------------------------------------------------------------------------------
+  // One weight from `parts`, modules that read the same input, stacked along their outputs: W [sum of rows, in].
+  virtual std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) = 0;
+  // y [T, out] = x [T, in] W^T + bias + down up. `bias` [out] float32 or null. `down` [T, k] and `up` [k, out] are the LoRA term, in
+  // the compute type, or null; the factors of stacked modules lie in `up` block by block with zeros elsewhere. x is in
+  // the compute type, y in the compute type or float32.
+  virtual void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+                      const Matrix& y) = 0;
+  // dx [T, in] = dy [T, out] W, or += with `accumulate`. dy is in the compute type, dx in the compute type or float32.
+  virtual void linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) = 0;
+  // c = alpha op(a) op(b), or += with `accumulate`. a and b share a type (float32, bfloat16 or float64); c is float32
+  // or that type.
+  virtual void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
+                      const Matrix& c) = 0;
+  // Z [in, in] float32 += x^T x over the rows of x [rows, in]; only the lower triangle (j <= i) is touched.
+  virtual void secondMoment(const Matrix& x, const Matrix& z) = 0;
+  // sums [cols] float64 += column sums of x^2.
+  virtual void squareSum(const Matrix& x, double* sums) = 0;
+
+  // --- elementwise --------------------------------------------------------------------------------------------
+  // x [T, H] float32 = scale * table[ids[t]].
+  virtual void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) = 0;
+  // sum = x + residual (sum = x where residual is null; then `sum` is not written); y = sum * rstd * weight in the compute type;
+  // rstd [T] = 1/sqrt(mean(sum^2) + epsilon). x, sum float32 [T, H]; residual compute type or float32; sum may be x (in place).
+  virtual void rmsNorm(const Matrix& x, const Matrix* residual, const float* weight, float epsilon, const Matrix& sum,
+                       const Matrix& y, float* rstd) = 0;
+  // y = x * rstd * weight again, from the saved rstd (backward needs y and does not store it).
+  virtual void rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) = 0;
+  // dx [T, H] float32 += gradient of rmsNorm's y w.r.t. its sum, from dy [T, H] float32. The weight is frozen.
+  virtual void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx) = 0;
+  // out = rotate(norm(in)) per head; in, out [T, heads*headDim] compute type, `out` may be `in` where there is no norm.
+  // rstd [T, heads] is written where there is a norm. positions [T].
+  virtual void rope(const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
+                    const int32_t* positions, const Matrix& out, float* rstd) = 0;
+  // d, in place: gradient w.r.t. `out` becomes gradient w.r.t. `in`. `in` and `rstd` are read only where there is a norm.
+  virtual void ropeGrad(const Matrix& d, const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm,
+                        const Rotary& rotary, const int32_t* positions, const float* rstd) = 0;
+  // gateUp [T, 2I] holds gate in its first I columns, up in the others. h [T, I] = activation(gate) * up.
+  virtual void gatedMlp(const Matrix& gateUp, Activation activation, const Matrix& h) = 0;
+  // gateUp, in place: becomes the gradient w.r.t. itself, from dh [T, I]. All in the compute type.
+  virtual void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) = 0;
+  // y [rows, H]: row i = x[index[i]]; x and y of one type, any.
+  virtual void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) = 0;
+  // y[index[i]] += x[i], float32; no index repeats.
+  virtual void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) = 0;
+  // y = x in y's type (float32 <-> compute type, or the same).
+  virtual void convert(const Matrix& x, const Matrix& y) = 0;
+
+  // --- attention ----------------------------------------------------------------------------------------------
+  // out [T, heads*headDim] = softmax(scale q k^T) v within each sequence, causal; padding rows of `out` are zero.
+  // lse [T, heads] = log of each row's sum of exponentials, kept for backward. Works in tiles: never stores T x T.
+  virtual void attention(const Matrix& q, const Matrix& k, const Matrix& v, const Sequences& sequences,
+                         const AttentionShape& shape, const Matrix& out, float* lse) = 0;
+  // dq, dk, dv = gradients from dout; padding rows are zero.
+  virtual void attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, const float* lse,
+                             const Matrix& dout, const Sequences& sequences, const AttentionShape& shape, const Matrix& dq,
+                             const Matrix& dk, const Matrix& dv) = 0;
+  // Decoding: q [1, heads*headDim] is the query at position length-1; keys, values [length, kvHeads*headDim] are the cache.
+  virtual void attentionCached(const Matrix& q, const Matrix& keys, const Matrix& values, const AttentionShape& shape,
+                               const Matrix& out) = 0;
+
+  // --- loss ---------------------------------------------------------------------------------------------------
+  // Cross-entropy of rows x [L, H] (compute type) against targets [L], through the head, in chunks: L x vocabulary is never
+  // stored. losses [L] float32 =. With dx (float32 [L, H]): dx = rowScale[i] * gradient of losses[i].
+  virtual void headLoss(const Matrix& x, const Weight& head, const int32_t* targets, const float* rowScale, float* losses,
+                        const Matrix* dx) = 0;
+  // total[0] += sum of scale[i] * losses[i], in double.
+  virtual void sumLosses(const float* losses, const float* scale, int64_t count, double* total) = 0;
+
+  // --- optimizer ----------------------------------------------------------------------------------------------
+  // norm[0] = L2 norm of all gradients, summed in double in a fixed order.
+  virtual void gradNorm(const std::vector<Parameter>& parameters, double* norm) = 0;
+  // One AdamW update with gradients scaled by min(1, maxGradNorm / (norm + 1e-6)); refreshes shadows. Does nothing where `norm` or `loss` is
+  // not finite, so that the last good factors survive.
+  virtual void adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm, const double* loss) = 0;
+
+  // --- dense float64 algebra of the initializations (arrays are row-major and contiguous; symmetric ones hold both triangles) ---
+  // a [n, n] = its Cholesky factor in the lower triangle (upper undefined). Returns 0, or the 1-based order of the first minor that is
+  // not positive: a host answer, since what follows depends on it (not used inside a step).
+  virtual int64_t choleskyFactor(double* a, int64_t n) = 0;
+  // b [n, m] = (L L^T)^-1 b.
+  virtual void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) = 0;
+  // a [n, n], holding a factor, becomes the full symmetric inverse (L L^T)^-1.
+  virtual void choleskyInverse(double* a, int64_t n) = 0;
+  // c [n, n] = alpha a a^T (+ beta c), a [n, m]; both triangles.
+  virtual void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) = 0;
+  // The `count` smallest eigenpairs of the symmetric a [n, n] (destroyed): values [count] ascending, vectors [count, n], a row each.
+  virtual void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) = 0;
+};
+
+struct DeviceOptions {
+  std::string device = "auto";  // auto | cpu | cuda[:i]
+  DType computeType = DType::f32;
+  int threads = 0;              // 0: physical cores
+  size_t packBudget = 0;        // bytes that packed copies of weights may take
+};
+
+// Makes the device asked for; throws Error(deviceUnavailable) saying why it cannot be had.
+std::unique_ptr<Device> makeDevice(const DeviceOptions& options);
+
+}  // namespace lora_da

@@ -1,0 +1,321 @@
+// Attention of the CPU device: tasks of one query head over one sequence, long sequences in chunks of queries, the largest first.
+//
+// Forward tasks are independent. Backward tasks each keep their own part of dk and dv, float32 in scratch memory, and the parts of a key
+// head (its query heads, their chunks) are then added in that order. How work is cut depends on lengths alone, so results have the same
+// bits for any number of threads.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+#include "cpu/cpu_device.h"
+
+namespace lora_da::cpu {
+
+namespace {
+
+// Chunks are long enough that packing a sequence's keys again for each stays cheap beside its products.
+constexpr int64_t forwardChunk = 512;
+constexpr int64_t backwardChunk = 1024;
+// Bound on the memory for parts of dk and dv; key heads beyond it wait for the next wave.
+constexpr size_t gradPartBytes = size_t{256} << 20;
+
+struct Task {
+  int64_t firstRow = 0;  // of the sequence in the batch
+  int64_t length = 0;    // of the sequence
+  int64_t firstQuery = 0;
+  int64_t queryCount = 0;
+  int64_t firstKey = 0;
+  int32_t head = 0;
+  int64_t part = 0;  // backward: where its dk starts among the parts, in floats; dv follows
+  int64_t cost = 0;  // scores
+};
+
+// The key head that tasks [firstTask, firstTask + tasks) add to.
+struct KeyHead {
+  int64_t firstRow = 0;
+  int64_t length = 0;
+  int32_t kvHead = 0;
+  int64_t firstTask = 0;
+  int64_t tasks = 0;
+};
+
+Task makeTask(const AttentionShape& shape, int64_t firstRow, int64_t length, int64_t firstQuery, int64_t chunk, int32_t head) {
+  Task task;
+  task.firstRow = firstRow;
+  task.length = length;
+  task.firstQuery = firstQuery;
+  task.queryCount = std::min(chunk, length - firstQuery);
+  const int64_t firstKey = shape.window > 0 ? std::max<int64_t>(firstQuery - shape.window + 1, 0) : 0;
+  task.firstKey = firstKey / attentionTile * attentionTile;
+  task.head = head;
+  const int64_t meanKeys = firstQuery + (task.queryCount + 1) / 2;
+  task.cost = task.queryCount * (shape.window > 0 ? std::min<int64_t>(meanKeys, shape.window) : meanKeys);
+  return task;
+}
+
+bool largerFirst(const Task& a, const Task& b) {
+  if (a.cost != b.cost) return a.cost > b.cost;
+  if (a.firstRow != b.firstRow) return a.firstRow < b.firstRow;
+  if (a.head != b.head) return a.head < b.head;
+  return a.firstQuery < b.firstQuery;
+}
+
+char* at(const Matrix& m, int64_t row, int64_t col) {
+  return m.as<char>() + (row * m.stride + col) * static_cast<int64_t>(sizeOf(m.dtype));
+}
+
+AttentionHead headOf(const Task& task, const Matrix& q, const Matrix& k, const Matrix& v, const AttentionShape& shape) {
+  const int64_t column = int64_t{task.head} * shape.headDim;
+  const int64_t kvColumn = int64_t{task.head / (shape.heads / shape.kvHeads)} * shape.headDim;
+  AttentionHead head;
+  head.q = at(q, task.firstRow, column);
+  head.k = at(k, task.firstRow, kvColumn);
+  head.v = at(v, task.firstRow, kvColumn);
+  head.qStride = q.stride;
+  head.kStride = k.stride;
+  head.vStride = v.stride;
+  head.firstQuery = task.firstQuery;
+  head.queryCount = task.queryCount;
+  head.firstKey = task.firstKey;
+  head.shape = shape;
+  return head;
+}
+
+void zeroPadding(const Matrix& m, int64_t firstRow) {
+  for (int64_t i = firstRow; i < m.rows; ++i) std::memset(at(m, i, 0), 0, static_cast<size_t>(m.cols) * sizeOf(m.dtype));
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw Error(code::internal, message);
+}
+
+void requireShape(const AttentionShape& shape, const Matrix& q, const Matrix& k) {
+  require(shape.kvHeads > 0 && shape.heads % shape.kvHeads == 0, "attention: the number of heads is not a multiple of that of key heads");
+  require(shape.headDim > 0 && shape.headDim <= maxHeadDim, "attention: unsupported head dimension");
+  require(q.cols == int64_t{shape.heads} * shape.headDim && k.cols == int64_t{shape.kvHeads} * shape.headDim,
+          "attention: columns differ from heads * headDim");
+  require(q.dtype == DType::f32 || q.dtype == DType::bf16, "attention takes float32 and bfloat16");
+}
+
+int64_t chunksOf(const std::vector<int32_t>& starts, int64_t chunk) {
+  int64_t chunks = 0;
+  for (size_t s = 0; s + 1 < starts.size(); ++s) chunks += (starts[s + 1] - starts[s] + chunk - 1) / chunk;
+  return chunks;
+}
+
+constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, const Sequences& sequences,
+                          const AttentionShape& shape, const Matrix& out, float* lse) {
+  requireShape(shape, q, k);
+  const std::vector<int32_t>& starts = sequences.hostStarts;
+  const int64_t taskCount = chunksOf(starts, forwardChunk) * shape.heads;
+
+  // Scratch: the tasks, then each thread's working memory, which the task with the most keys sizes.
+  const size_t taskBytes = aligned(static_cast<size_t>(taskCount) * sizeof(Task));
+  int64_t floats = 0;
+  const auto overTasks = [&](auto&& body) {
+    for (int32_t s = 0; s < sequences.count(); ++s) {
+      const int64_t length = starts[s + 1] - starts[s];
+      for (int64_t first = 0; first < length; first += forwardChunk) {
+        for (int32_t h = 0; h < shape.heads; ++h) body(makeTask(shape, starts[s], length, first, forwardChunk, h));
+      }
+    }
+  };
+  overTasks([&](const Task& task) { floats = std::max(floats, kernels_.attentionScratch(headOf(task, q, k, v, shape))); });
+  const size_t threadBytes = aligned(static_cast<size_t>(floats) * sizeof(float));
+  char* memory = static_cast<char*>(scratch(taskBytes + threadBytes * static_cast<size_t>(threads_)));
+  Task* tasks = reinterpret_cast<Task*>(memory);
+  Task* next = tasks;
+  overTasks([&](const Task& task) { *next++ = task; });
+  std::sort(tasks, tasks + taskCount, largerFirst);
+
+  const auto attentionHead = (q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).attentionHead;
+#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1)
+  for (int64_t i = 0; i < taskCount; ++i) {
+    const Task& task = tasks[i];
+    float* own = reinterpret_cast<float*>(memory + taskBytes + threadBytes * static_cast<size_t>(omp_get_thread_num()));
+    attentionHead(headOf(task, q, k, v, shape), at(out, task.firstRow, int64_t{task.head} * shape.headDim), out.stride,
+                  lse + task.firstRow * shape.heads + task.head, shape.heads, own);
+  }
+
+  const int64_t padding = starts.empty() ? 0 : starts.back();
+  zeroPadding(out, padding);
+  std::fill(lse + padding * shape.heads, lse + q.rows * shape.heads, 0.0f);
+}
+
+namespace {
+
+// How the backward pass of a batch is cut: key heads are numbered sequence by sequence, waves are ranges of them.
+struct GradPlan {
+  const Matrix& q;
+  const Matrix& k;
+  const Matrix& v;
+  const Sequences& sequences;
+  const AttentionShape& shape;
+
+  int64_t keyHeads() const { return int64_t{sequences.count()} * shape.kvHeads; }
+  KeyHead keyHead(int64_t i) const {
+    const int64_t s = i / shape.kvHeads;
+    const int64_t start = sequences.hostStarts[s];
+    return {start, sequences.hostStarts[s + 1] - start, static_cast<int32_t>(i % shape.kvHeads), 0, 0};
+  }
+  // body(task) for the tasks of a key head in the order in which their parts are added.
+  template <class Body>
+  void overTasks(const KeyHead& keyHead, const Body& body) const {
+    const int32_t group = shape.heads / shape.kvHeads;
+    for (int32_t h = keyHead.kvHead * group; h < (keyHead.kvHead + 1) * group; ++h) {
+      for (int64_t first = 0; first < keyHead.length; first += backwardChunk) {
+        body(makeTask(shape, keyHead.firstRow, keyHead.length, first, backwardChunk, h));
+      }
+    }
+  }
+  AttentionHead head(const Task& task) const { return headOf(task, q, k, v, shape); }
+  // Floats of a task's dk, or dv.
+  int64_t partFloats(const Task& task) const { return attentionGradRows(head(task)) * attentionRowWidth(shape.headDim); }
+
+  struct Wave {
+    int64_t end = 0;    // of its key heads
+    int64_t tasks = 0;
+    int64_t parts = 0;  // floats
+  };
+  Wave waveFrom(int64_t first) const {
+    Wave wave{first, 0, 0};
+    for (; wave.end < keyHeads(); ++wave.end) {
+      int64_t tasks = 0, parts = 0;
+      overTasks(keyHead(wave.end), [&](const Task& task) {
+        ++tasks;
+        parts += 2 * partFloats(task);
+      });
+      if (wave.tasks > 0 && static_cast<size_t>(wave.parts + parts) * sizeof(float) > gradPartBytes) break;
+      wave.tasks += tasks;
+      wave.parts += parts;
+    }
+    return wave;
+  }
+};
+
+// Rows [first, first + rows) of one key head's dk, or dv where `second`: the sum of its tasks' parts, in the compute type.
+struct PartSum {
+  const Kernels& kernels;
+  const Task* tasks;
+  const float* parts;
+  int64_t headDim;
+
+  void row(const KeyHead& keyHead, int64_t i, const GradPlan& plan, const Matrix& dk, const Matrix& dv) const {
+    const int64_t width = attentionRowWidth(static_cast<int32_t>(headDim));
+    const auto fromFloat = (dk.dtype == DType::bf16 ? kernels.bf16 : kernels.f32).fromFloat;
+    float keySum[maxHeadDim], valueSum[maxHeadDim];
+    std::fill(keySum, keySum + headDim, 0.0f);
+    std::fill(valueSum, valueSum + headDim, 0.0f);
+    for (int64_t t = keyHead.firstTask; t < keyHead.firstTask + keyHead.tasks; ++t) {
+      const Task& task = tasks[t];
+      if (i < task.firstKey || i >= task.firstQuery + task.queryCount) continue;
+      const float* part = parts + task.part + (i - task.firstKey) * width;
+      kernels.addRow(part, keySum, headDim);
+      kernels.addRow(part + plan.partFloats(task), valueSum, headDim);
+    }
+    fromFloat(keySum, at(dk, keyHead.firstRow + i, keyHead.kvHead * headDim), headDim);
+    fromFloat(valueSum, at(dv, keyHead.firstRow + i, keyHead.kvHead * headDim), headDim);
+  }
+};
+
+}  // namespace
+
+void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, const float* lse,
+                              const Matrix& dout, const Sequences& sequences, const AttentionShape& shape, const Matrix& dq,
+                              const Matrix& dk, const Matrix& dv) {
+  requireShape(shape, q, k);
+  const GradPlan plan{q, k, v, sequences, shape};
+
+  // Scratch: a wave's key heads, its tasks in the order in which parts are added, the same sorted by cost, its parts, and each thread's
+  // working memory, which the task with the most keys sizes.
+  GradPlan::Wave largest;
+  int64_t mostKeyHeads = 0, floats = 0;
+  for (int64_t first = 0; first < plan.keyHeads();) {
+    const GradPlan::Wave wave = plan.waveFrom(first);
+    largest.tasks = std::max(largest.tasks, wave.tasks);
+    largest.parts = std::max(largest.parts, wave.parts);
+    mostKeyHeads = std::max(mostKeyHeads, wave.end - first);
+    for (; first < wave.end; ++first) {
+      plan.overTasks(plan.keyHead(first),
+                     [&](const Task& task) { floats = std::max(floats, kernels_.attentionGradScratch(plan.head(task))); });
+    }
+  }
+  const size_t keyHeadBytes = aligned(static_cast<size_t>(mostKeyHeads) * sizeof(KeyHead));
+  const size_t taskBytes = aligned(static_cast<size_t>(largest.tasks) * sizeof(Task));
+  const size_t partBytes = aligned(static_cast<size_t>(largest.parts) * sizeof(float));
+  const size_t threadBytes = aligned(static_cast<size_t>(floats) * sizeof(float));
+  char* memory = static_cast<char*>(scratch(keyHeadBytes + 2 * taskBytes + partBytes + threadBytes * static_cast<size_t>(threads_)));
+  KeyHead* keyHeads = reinterpret_cast<KeyHead*>(memory);
+  Task* tasks = reinterpret_cast<Task*>(memory + keyHeadBytes);
+  Task* sorted = reinterpret_cast<Task*>(memory + keyHeadBytes + taskBytes);
+  float* parts = reinterpret_cast<float*>(memory + keyHeadBytes + 2 * taskBytes);
+  char* working = memory + keyHeadBytes + 2 * taskBytes + partBytes;
+
+  const auto attentionHeadGrad = (q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).attentionHeadGrad;
+  const PartSum partSum{kernels_, tasks, parts, shape.headDim};
+  for (int64_t first = 0; first < plan.keyHeads();) {
+    const GradPlan::Wave wave = plan.waveFrom(first);
+    const int64_t keyHeadCount = wave.end - first;
+    int64_t taskCount = 0, used = 0;
+    for (int64_t i = 0; i < keyHeadCount; ++i) {
+      keyHeads[i] = plan.keyHead(first + i);
+      keyHeads[i].firstTask = taskCount;
+      plan.overTasks(keyHeads[i], [&](Task task) {
+        task.part = used;
+        used += 2 * plan.partFloats(task);
+        tasks[taskCount++] = task;
+      });
+      keyHeads[i].tasks = taskCount - keyHeads[i].firstTask;
+    }
+    std::copy(tasks, tasks + taskCount, sorted);
+    std::sort(sorted, sorted + taskCount, largerFirst);
+
+#pragma omp parallel num_threads(threads_)
+    {
+      float* own = reinterpret_cast<float*>(working + threadBytes * static_cast<size_t>(omp_get_thread_num()));
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < taskCount; ++i) {
+        const Task& task = sorted[i];
+        const int64_t column = int64_t{task.head} * shape.headDim;
+        float* part = parts + task.part;
+        attentionHeadGrad(plan.head(task), at(out, task.firstRow, column), at(dout, task.firstRow, column), out.stride, dout.stride,
+                          lse + task.firstRow * shape.heads + task.head, shape.heads, at(dq, task.firstRow, column), dq.stride, part,
+                          part + plan.partFloats(task), own);
+      }
+      for (int64_t i = 0; i < keyHeadCount; ++i) {
+#pragma omp for schedule(static) nowait
+        for (int64_t row = 0; row < keyHeads[i].length; ++row) partSum.row(keyHeads[i], row, plan, dk, dv);
+      }
+    }
+    first = wave.end;
+  }
+
+  const int64_t padding = sequences.hostStarts.empty() ? 0 : sequences.hostStarts.back();
+  zeroPadding(dq, padding);
+  zeroPadding(dk, padding);
+  zeroPadding(dv, padding);
+}
+
+void CpuDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matrix& values, const AttentionShape& shape,
+                                const Matrix& out) {
+  requireShape(shape, q, keys);
+  const size_t scoreBytes = aligned(static_cast<size_t>(keys.rows) * sizeof(float));
+  char* memory = static_cast<char*>(scratch(scoreBytes * static_cast<size_t>(threads_)));
+  const auto attentionCachedHead = (q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).attentionCachedHead;
+  const int32_t group = shape.heads / shape.kvHeads;
+#pragma omp parallel for num_threads(threads_) schedule(static)
+  for (int32_t h = 0; h < shape.heads; ++h) {
+    const int64_t column = int64_t{h} * shape.headDim, kvColumn = int64_t{h / group} * shape.headDim;
+    float* scores = reinterpret_cast<float*>(memory + scoreBytes * static_cast<size_t>(omp_get_thread_num()));
+    attentionCachedHead(at(q, 0, column), at(keys, 0, kvColumn), keys.stride, at(values, 0, kvColumn), values.stride, keys.rows, shape,
+                        at(out, 0, column), scores);
+  }
+}
+
+}  // namespace lora_da::cpu

@@ -1,0 +1,31 @@
+#include "cpu/cpu_device.h"
+
+#include <cblas.h>
+#include <omp.h>
+
+#include "core/cpu_info.h"
+#include "cpu/products.h"
+
+namespace lora_da::cpu {
+
+CpuDevice::CpuDevice(const DeviceOptions& options)
+    : computeType_(options.computeType),
+      threads_(options.threads > 0 ? options.threads : physicalCores()),
+      packBudget_(options.packBudget),
+      kernels_(kernels()) {
+  // One OpenMP team for this engine thread; oneDNN and OpenBLAS (its OpenMP build) use the same one.
+  omp_set_dynamic(0);
+  omp_set_num_threads(threads_);
+  openblas_set_num_threads(threads_);
+  products_ = std::make_unique<Products>([this](size_t bytes) {
+    if (bytes > productScratchBytes_) {
+      productScratch_ = allocate(bytes, "matrix product workspace");
+      productScratchBytes_ = bytes;
+    }
+    return productScratch_.get();
+  });
+}
+
+CpuDevice::~CpuDevice() = default;
+
+}  // namespace lora_da::cpu

@@ -1,0 +1,101 @@
+// The CPU device: oneDNN for products, OpenBLAS/LAPACK for dense algebra, OpenMP over rows, heads and tiles for the rest.
+// One engine thread calls it; its OpenMP team belongs to that thread.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/device.h"
+#include "cpu/kernels/kernels.h"
+
+namespace lora_da::cpu {
+
+class Products;  // oneDNN primitives cached by shape (products.cpp)
+
+class CpuDevice : public Device {
+ public:
+  explicit CpuDevice(const DeviceOptions& options);
+  ~CpuDevice() override;
+
+  std::string name() const override { return "cpu"; }
+  DType computeType() const override { return computeType_; }
+
+  // memory.cpp
+  Buffer allocate(size_t bytes, const std::string& purpose) override;
+  void upload(void* device, const void* host, size_t bytes) override;
+  void download(void* host, const void* device, size_t bytes) override;
+  void zero(void* device, size_t bytes) override;
+  void synchronize() override {}
+  size_t workspaceBytes(int64_t vocabulary) const override;  // head_loss.cpp: the head's chunk is the largest user
+
+  // products.cpp
+  std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
+  void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+              const Matrix& y) override;
+  void linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) override;
+  void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c) override;
+  void secondMoment(const Matrix& x, const Matrix& z) override;
+
+  // elementwise.cpp
+  void squareSum(const Matrix& x, double* sums) override;
+  void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) override;
+  void rmsNorm(const Matrix& x, const Matrix* residual, const float* weight, float epsilon, const Matrix& sum, const Matrix& y,
+               float* rstd) override;
+  void rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) override;
+  void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx) override;
+  void rope(const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
+            const int32_t* positions, const Matrix& out, float* rstd) override;
+  void ropeGrad(const Matrix& d, const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
+                const int32_t* positions, const float* rstd) override;
+  void gatedMlp(const Matrix& gateUp, Activation activation, const Matrix& h) override;
+  void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) override;
+  void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
+  void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
+  void convert(const Matrix& x, const Matrix& y) override;
+
+  // attention.cpp
+  void attention(const Matrix& q, const Matrix& k, const Matrix& v, const Sequences& sequences, const AttentionShape& shape,
+                 const Matrix& out, float* lse) override;
+  void attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, const float* lse, const Matrix& dout,
+                     const Sequences& sequences, const AttentionShape& shape, const Matrix& dq, const Matrix& dk,
+                     const Matrix& dv) override;
+  void attentionCached(const Matrix& q, const Matrix& keys, const Matrix& values, const AttentionShape& shape,
+                       const Matrix& out) override;
+
+  // head_loss.cpp
+  void headLoss(const Matrix& x, const Weight& head, const int32_t* targets, const float* rowScale, float* losses,
+                const Matrix* dx) override;
+  void sumLosses(const float* losses, const float* scale, int64_t count, double* total) override;
+
+  // optimizer.cpp
+  void gradNorm(const std::vector<Parameter>& parameters, double* norm) override;
+  void adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm, const double* loss) override;
+
+  // dense.cpp
+  int64_t choleskyFactor(double* a, int64_t n) override;
+  void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) override;
+  void choleskyInverse(double* a, int64_t n) override;
+  void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
+  void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
+
+ private:
+  const TypedKernels& typed() const { return computeType_ == DType::bf16 ? kernels_.bf16 : kernels_.f32; }
+  // Scratch that grows to the largest request and is then reused: nothing is allocated in a steady step.
+  void* scratch(size_t bytes);
+
+  // Writes a tensor of the file, in the compute type, to `target` [rows * cols] (file_tensors.cpp).
+  void convertFromFile(const HostTensor& tensor, void* target);
+
+  DType computeType_;
+  int threads_;
+  size_t packBudget_;  // bytes left for packed copies of weights
+  const Kernels& kernels_;
+  std::unique_ptr<Products> products_;
+  Buffer scratch_;
+  size_t scratchBytes_ = 0;
+  Buffer productScratch_;  // apart from scratch_, which callers may hold across a product
+  size_t productScratchBytes_ = 0;
+};
+
+}  // namespace lora_da::cpu

@@ -1,0 +1,89 @@
+// Single-threaded vectorized loops of the CPU device. Each is compiled once per instruction set from the same source
+// (kernels/*.cpp, see CMakeLists.txt) and chosen at run time: kernels().
+//
+// A `Row` argument is a pointer to elements of the compute type given by the template instance: the table has one set for
+// float32 and one for bfloat16. All arithmetic is float32.
+#pragma once
+
+#include <cstdint>
+
+#include "core/device.h"
+
+namespace lora_da::cpu {
+
+inline constexpr int32_t maxHeadDim = 1024;
+
+// One attention head over one sequence, for its queries [firstQuery, firstQuery + queryCount). Row 0 of every pointer is the
+// sequence's first token, column 0 the head's first element; strides are in elements.
+struct AttentionHead {
+  const void* q = nullptr;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  int64_t qStride = 0;
+  int64_t kStride = 0;
+  int64_t vStride = 0;
+  int64_t firstQuery = 0;
+  int64_t queryCount = 0;
+  int64_t firstKey = 0;  // a multiple of attentionTile; no query sees a key before it
+  AttentionShape shape;
+};
+
+inline constexpr int64_t attentionTile = 64;
+
+// Rows and columns of the padded partial gradients. Static, not inline: see kernels/vector.h.
+[[maybe_unused]] static int64_t attentionGradRows(const AttentionHead& head) {
+  const int64_t keys = head.firstQuery + head.queryCount - head.firstKey;
+  return (keys + attentionTile - 1) / attentionTile * attentionTile;
+}
+[[maybe_unused]] static int64_t attentionRowWidth(int32_t headDim) { return (headDim + 15) / 16 * 16; }
+
+// T is float or Bf16 (see kernels/vector.h); void* in the table so that one table type serves both.
+struct TypedKernels {
+  // sum = x + residual, y = sum * rstd * weight; returns rstd. residual may be null, then sum is not written. One row of `width`.
+  float (*rmsNorm)(const float* x, const void* residual, const float* weight, float epsilon, float* sum, void* y, int64_t width);
+  float (*rmsNormFloatResidual)(const float* x, const void* residual, const float* weight, float epsilon, float* sum, void* y,
+                                int64_t width);
+  void (*rmsNormApply)(const float* x, float rstd, const float* weight, void* y, int64_t width);
+  // One row of heads: see Device::rope. cos, sin point at the row of this token's position.
+  void (*rope)(const void* in, int32_t heads, int32_t headDim, const float* normWeight, float epsilon, const float* cos,
+               const float* sin, int64_t pairs, void* out, float* rstd);
+  void (*ropeGrad)(void* d, const void* in, int32_t heads, int32_t headDim, const float* normWeight, const float* cos,
+                   const float* sin, int64_t pairs, const float* rstd);
+  void (*gatedMlp)(const void* gate, const void* up, Activation activation, void* h, int64_t width);
+  void (*gatedMlpGrad)(void* gate, void* up, Activation activation, const void* dh, int64_t width);
+  void (*fromFloat)(const float* x, void* y, int64_t count);
+  void (*toFloat)(const void* x, float* y, int64_t count);
+  // sums[j] += x[j]^2 over `rows` rows of `stride`.
+  void (*squareSum)(const void* x, int64_t rows, int64_t cols, int64_t stride, double* sums);
+  // logits [vocabulary] of one row -> its loss; with dlogits (compute type; null: none) = scale * (softmax - onehot(target)).
+  float (*crossEntropy)(const float* logits, int32_t target, float scale, void* dlogits, int64_t vocabulary);
+  // See attention_kernels.cpp. out and lse of the head's queries = ; `scratch` has attentionScratch() floats.
+  void (*attentionHead)(const AttentionHead& head, void* out, int64_t outStride, float* lse, int64_t lseStride, float* scratch);
+  // dq (compute type) of the head's queries = ; dk, dv (float32) = these queries' part of the gradients of the keys that they see: rows
+  // from firstKey on, attentionGradRows() of them, each attentionRowWidth() long. `scratch` has attentionGradScratch() floats.
+  void (*attentionHeadGrad)(const AttentionHead& head, const void* out, const void* dout, int64_t outStride, int64_t doutStride,
+                            const float* lse, int64_t lseStride, void* dq, int64_t dqStride, float* dk, float* dv, float* scratch);
+  // One query row of one head over `length` cached rows; `scratch` has `length` floats.
+  void (*attentionCachedHead)(const void* q, const void* keys, int64_t keyStride, const void* values, int64_t valueStride,
+                              int64_t length, const AttentionShape& shape, void* out, float* scratch);
+};
+
+struct Kernels {
+  const char* isa;  // "avx512", "avx2", "baseline"
+  TypedKernels f32;
+  TypedKernels bf16;
+  // dx += gradient of rmsNorm, one row.
+  void (*rmsNormGrad)(const float* x, float rstd, const float* weight, const float* dy, float* dx, int64_t width);
+  void (*scaleRow)(float scale, float* x, int64_t count);    // x *= scale
+  void (*addRow)(const float* x, float* y, int64_t count);   // y += x
+  double (*squaredNorm)(const float* x, int64_t count);
+  // One AdamW update of `count` elements; gradient is scaled by gradScale; shadow is bf16 or null.
+  void (*adamw)(float* value, const float* grad, float* firstMoment, float* secondMoment, uint16_t* shadow, int64_t count,
+                const AdamWStep& step, float gradScale, float biasCorrection1, float biasCorrection2);
+  int64_t (*attentionScratch)(const AttentionHead& head);      // floats
+  int64_t (*attentionGradScratch)(const AttentionHead& head);  // floats
+};
+
+const Kernels& kernels();  // the best that this processor runs
+
+}  // namespace lora_da::cpu

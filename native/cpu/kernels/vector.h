@@ -1,0 +1,245 @@
+// Vectors of the instruction set that a kernel file is compiled for, on GCC/Clang vector types: one source for every set.
+//
+// All of it lives in a namespace named after the instruction set, so that no inline function compiled for a newer processor is
+// linked into code that runs on an older one. For the same reason kernels use nothing inline of the standard library.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#ifndef KERNEL_ISA
+#error "kernel files are compiled once per instruction set, with -DKERNEL_ISA=name"
+#endif
+#define KERNEL_INLINE __attribute__((always_inline)) inline
+
+namespace lora_da::cpu::KERNEL_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int lanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int lanes = 8;
+#else
+inline constexpr int lanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * lanes)));
+typedef int32_t VecInt __attribute__((vector_size(4 * lanes)));
+typedef uint32_t VecBits __attribute__((vector_size(4 * lanes)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * lanes)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+// How many elements of a vector take part: all, or the first `count` of the row's end.
+struct Whole {};
+struct Part {
+  int count;
+};
+
+// body(i, Whole or Part) for each vector of [0, count).
+template <class Body>
+KERNEL_INLINE void overVectors(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, Whole{});
+  if (i < count) body(i, Part{static_cast<int>(count - i)});
+}
+
+KERNEL_INLINE Vec broadcast(float x) { return x - Vec{}; }
+KERNEL_INLINE VecBits bitsOf(Vec x) { return reinterpret_cast<VecBits>(x); }
+KERNEL_INLINE Vec fromBits(VecBits x) { return reinterpret_cast<Vec>(x); }
+
+KERNEL_INLINE Vec load(const float* p, Whole) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+KERNEL_INLINE Vec load(const float* p, Part part) {
+  Vec v{};
+  for (int i = 0; i < part.count; ++i) v[i] = p[i];
+  return v;
+}
+KERNEL_INLINE Vec widen(VecHalf half) { return fromBits(__builtin_convertvector(half, VecBits) << 16); }
+KERNEL_INLINE Vec load(const Bf16* p, Whole) {
+  VecHalf half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return widen(half);
+}
+KERNEL_INLINE Vec load(const Bf16* p, Part part) {
+  VecHalf half{};
+  for (int i = 0; i < part.count; ++i) half[i] = p[i].bits;
+  return widen(half);
+}
+
+// Round to nearest even; NaN stays NaN.
+KERNEL_INLINE VecHalf narrow(Vec v) {
+  const VecBits bits = bitsOf(v);
+  const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const VecBits quiet = bits | 0x400000u;
+  return __builtin_convertvector((v == v ? rounded : quiet) >> 16, VecHalf);
+}
+
+KERNEL_INLINE void store(float* p, Vec v, Whole) { __builtin_memcpy(p, &v, sizeof v); }
+KERNEL_INLINE void store(float* p, Vec v, Part part) {
+  for (int i = 0; i < part.count; ++i) p[i] = v[i];
+}
+KERNEL_INLINE void store(Bf16* p, Vec v, Whole) {
+  const VecHalf half = narrow(v);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+KERNEL_INLINE void store(Bf16* p, Vec v, Part part) {
+  const VecHalf half = narrow(v);
+  for (int i = 0; i < part.count; ++i) p[i].bits = half[i];
+}
+
+// The lanes beyond a Part become `fill`.
+KERNEL_INLINE Vec keep(Vec v, Whole, float) { return v; }
+KERNEL_INLINE Vec keep(Vec v, Part part, float fill) {
+  for (int i = part.count; i < lanes; ++i) v[i] = fill;
+  return v;
+}
+
+// As the hardware's max and min: `b` where either is NaN.
+KERNEL_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+KERNEL_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+
+using Lanes = std::make_integer_sequence<int, lanes>;
+
+// Lane i of the result is lane i ^ step.
+template <int step, int... i>
+KERNEL_INLINE Vec exchange(Vec v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ step)...);
+}
+template <int step = lanes / 2>
+KERNEL_INLINE float sumOfLanes(Vec v) {
+  if constexpr (step == 0) return v[0];
+  else return sumOfLanes<step / 2>(v + exchange<step>(v, Lanes{}));
+}
+template <int step = lanes / 2>
+KERNEL_INLINE float maxOfLanes(Vec v) {
+  if constexpr (step == 0) return v[0];
+  else return maxOfLanes<step / 2>(larger(v, exchange<step>(v, Lanes{})));
+}
+
+// a0 b0 a1 b1 ... of the lower or upper halves.
+template <int... i>
+KERNEL_INLINE Vec interleaveLower(Vec a, Vec b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (i / 2 + (i % 2) * lanes)...);
+}
+template <int... i>
+KERNEL_INLINE Vec interleaveUpper(Vec a, Vec b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (lanes / 2 + i / 2 + (i % 2) * lanes)...);
+}
+// Each round rotates the bits of (row, column) by one; after log2(lanes) rounds row and column have changed places.
+template <int rounds = lanes>
+KERNEL_INLINE void transpose(Vec (&m)[lanes]) {
+  if constexpr (rounds > 1) {
+    Vec next[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleaveLower(m[i], m[i + lanes / 2], Lanes{});
+      next[2 * i + 1] = interleaveUpper(m[i], m[i + lanes / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) m[i] = next[i];
+    transpose<rounds / 2>(m);
+  }
+}
+
+// Sums of squares and of exponentials end in double: the lanes have few terms, the row may have many lanes' worth.
+KERNEL_INLINE double sumOfLanesDouble(Vec v) {
+  float values[lanes];
+  __builtin_memcpy(values, &v, sizeof v);
+  double sums[lanes];
+  for (int i = 0; i < lanes; ++i) sums[i] = static_cast<double>(values[i]);
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+KERNEL_INLINE void addDouble(double* sums, Vec v, Whole) {
+  float values[lanes];
+  __builtin_memcpy(values, &v, sizeof v);
+#pragma omp simd
+  for (int i = 0; i < lanes; ++i) sums[i] += static_cast<double>(values[i]);
+}
+KERNEL_INLINE void addDouble(double* sums, Vec v, Part part) {
+  for (int i = 0; i < part.count; ++i) sums[i] += static_cast<double>(v[i]);
+}
+
+// --- exponentials, without branches ---
+
+// 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum.
+inline constexpr float roundingMagic = 12582912.0f;
+
+// 2^r for |r| <= 1/2: minimax polynomial, relative error 2e-9 before rounding.
+KERNEL_INLINE Vec exp2Fraction(Vec r) {
+  Vec p = 1.5345812e-4f * r + 1.3399930e-3f;
+  p = p * r + 9.6184889e-3f;
+  p = p * r + 5.5503286e-2f;
+  p = p * r + 2.4022646e-1f;
+  p = p * r + 6.9314718e-1f;
+  return p * r + 1.0f;
+}
+// p * 2^n where `shifted` is n + roundingMagic: n goes into the exponent's bits.
+KERNEL_INLINE Vec scaleByPower(Vec p, Vec shifted) { return fromBits(bitsOf(p) + (bitsOf(shifted) << 23)); }
+
+// 2^x for x <= 0 (softmax after its maximum is subtracted); 0 below 2^-126; NaN stays NaN.
+KERNEL_INLINE Vec exp2OfNonPositive(Vec x) {
+  const Vec shifted = x + roundingMagic;
+  const Vec value = scaleByPower(exp2Fraction(x - (shifted - roundingMagic)), shifted);
+  return x < -126.0f ? Vec{} : value;
+}
+
+// e^x where it is a normal number: |x| <= 87.
+KERNEL_INLINE Vec expOfNormal(Vec x) {
+  const Vec shifted = x * 1.44269504f + roundingMagic;
+  const Vec n = shifted - roundingMagic;
+  // ln 2 in two parts, the first with few enough bits that n times it is exact.
+  const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vec p = 1.3836846e-3f * r + 8.3748158e-3f;
+  p = p * r + 4.1668226e-2f;
+  p = p * r + 1.6666420e-1f;
+  p = p * r + 4.9999992e-1f;
+  p = (p * r) * r + r + 1.0f;
+  return scaleByPower(p, shifted);
+}
+
+// e^x; 0 below the smallest normal number, infinity above the largest.
+KERNEL_INLINE Vec expOf(Vec x) {
+  const Vec value = x < -87.336f ? Vec{} : expOfNormal(x);
+  return x > 88.72283f ? broadcast(__builtin_inff()) : value;
+}
+// The same for x <= 0.
+KERNEL_INLINE Vec expOfNonPositive(Vec x) { return x < -87.336f ? Vec{} : expOfNormal(x); }
+
+// Clamped where e^x would leave the normal numbers; NaN stays NaN.
+KERNEL_INLINE Vec sigmoid(Vec x) {
+  const Vec bounded = smaller(broadcast(87.0f), larger(broadcast(-87.0f), x));
+  return 1.0f / (1.0f + expOfNormal(-bounded));
+}
+
+// The normal distribution function and its density.
+struct Normal {
+  Vec below;
+  Vec density;
+};
+KERNEL_INLINE Normal normalDistribution(Vec x) {
+  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec gauss = expOfNonPositive(-0.5f * x * x);
+  // erfc(t) exp(t^2), t = |x| / sqrt 2, as a polynomial in 1 / (1 + p t): relative error 6e-8 for t <= 9.5 (fitted; the form is Hastings').
+  const Vec k = 1.0f / (1.0f + (0.3275911f * 0.70710678f) * magnitude);
+  Vec p = -0.14643881f * k + 0.52095580f;
+  p = p * k - 0.45295718f;
+  p = p * k + 0.50373378f;
+  p = p * k - 7.3352422e-3f;
+  p = p * k + 0.21904676f;
+  p = p * k + 0.17753851f;
+  p = p * k + 0.18548058f;
+  p = p * k - 2.4254665e-5f;
+  const Vec tail = 0.5f * gauss * p;
+  return {x < 0.0f ? tail : 1.0f - tail, 0.39894228f * gauss};
+}
+
+}  // namespace lora_da::cpu::KERNEL_ISA

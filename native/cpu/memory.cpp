@@ -1,0 +1,59 @@
+// Memory of the CPU device: host memory, aligned for vectors, in huge pages where it is large.
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "core/error.h"
+#include "cpu/cpu_device.h"
+
+namespace lora_da::cpu {
+
+namespace {
+
+constexpr size_t vectorAlignment = 64;
+constexpr size_t hugePage = size_t{2} << 20;
+constexpr size_t hugePageThreshold = size_t{4} << 20;
+
+}  // namespace
+
+Buffer CpuDevice::allocate(size_t bytes, const std::string& purpose) {
+  const bool large = bytes >= hugePageThreshold;
+  const size_t alignment = large ? hugePage : vectorAlignment;
+  const size_t wanted = bytes == 0 ? 1 : bytes;
+  const size_t rounded = (wanted + alignment - 1) / alignment * alignment;
+  void* memory = rounded < wanted ? nullptr : std::aligned_alloc(alignment, rounded);
+  if (!memory) {
+    throw Error(code::outOfMemory, "cannot allocate " + std::to_string(bytes) + " bytes of memory for " + purpose);
+  }
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(memory, rounded, MADV_HUGEPAGE);  // advice: without it the memory is slower, not wrong
+#endif
+  return Buffer(memory, [](void* p) { std::free(p); });
+}
+
+void CpuDevice::upload(void* device, const void* host, size_t bytes) {
+  if (bytes > 0) std::memcpy(device, host, bytes);
+}
+
+void CpuDevice::download(void* host, const void* device, size_t bytes) {
+  if (bytes > 0) std::memcpy(host, device, bytes);
+}
+
+void CpuDevice::zero(void* device, size_t bytes) {
+  if (bytes > 0) std::memset(device, 0, bytes);
+}
+
+void* CpuDevice::scratch(size_t bytes) {
+  if (bytes > scratchBytes_) {
+    // The old memory goes first, so that both never exist together.
+    scratch_.reset();
+    scratchBytes_ = 0;
+    scratch_ = allocate(bytes, "scratch of the CPU device");
+    scratchBytes_ = bytes;
+  }
+  return scratch_.get();
+}
+
+}  // namespace lora_da::cpu

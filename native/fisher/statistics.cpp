@@ -1,0 +1,96 @@
+#include "fisher/statistics.h"
+
+namespace lora_da {
+
+namespace {
+
+Buffer zeroed(Device& device, int64_t count, size_t elementBytes, const std::string& purpose) {
+  const size_t bytes = static_cast<size_t>(count) * elementBytes;
+  Buffer buffer = device.allocate(bytes, purpose);
+  device.zero(buffer.get(), bytes);
+  return buffer;
+}
+
+template <class T>
+std::vector<T> readMean(Device& device, const Buffer& sums, int64_t count, int64_t divisor) {
+  std::vector<T> values(static_cast<size_t>(count));
+  device.download(values.data(), sums.get(), values.size() * sizeof(T));
+  device.synchronize();
+  const double factor = divisor > 0 ? 1.0 / static_cast<double>(divisor) : 0.0;
+  for (T& value : values) value = static_cast<T>(static_cast<double>(value) * factor);
+  return values;
+}
+
+}  // namespace
+
+Statistics::Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted,
+                       InitializerNeeds needs, TokenMask mask)
+    : device_(device), projections_(projections), mask_(mask), sums_(projections.size()) {
+  for (size_t i = 0; i < projections.size(); ++i) {
+    if (!wanted[i]) continue;
+    const Projection& group = *projections[i];
+    const std::string of = " of " + group.parts.front().module;
+    if (needs.gradient) sums_[i].gradient = zeroed(device, group.out * group.in, sizeof(float), "gradient" + of);
+    if (needs.inputMoment) sums_[i].inputMoment = zeroed(device, group.in * group.in, sizeof(float), "input moment" + of);
+    if (needs.outputFactor) sums_[i].outputFactor = zeroed(device, group.out, sizeof(double), "output factor" + of);
+  }
+}
+
+void Statistics::beginBatch(const PackedBatch& batch) {
+  samples_ += batch.sequenceCount();
+  batchTokens_ = batch.tokens;
+  batchLabelRows_ = batch.labelRows;
+  maskedTokens_ += mask_ == TokenMask::attention ? batch.tokens : batch.labelRows;
+  if (mask_ == TokenMask::labels && batch.labelRows > 0) {
+    const size_t bytes = static_cast<size_t>(batch.labelRows) * sizeof(int32_t);
+    labelIndex_ = device_.allocate(bytes, "label rows");
+    device_.upload(labelIndex_.get(), batch.labelIndex.data(), bytes);
+  }
+}
+
+Matrix Statistics::masked(const Matrix& x, Buffer& copy, size_t& copyBytes) {
+  if (mask_ == TokenMask::attention) return x.rowRange(0, batchTokens_);
+  const size_t bytes = static_cast<size_t>(batchLabelRows_ * x.cols) * sizeOf(x.dtype);
+  if (bytes > copyBytes) {
+    copy = device_.allocate(bytes, "masked rows");
+    copyBytes = bytes;
+  }
+  const Matrix rows{copy.get(), x.dtype, batchLabelRows_, x.cols, x.cols};
+  if (batchLabelRows_ > 0) device_.gatherRows(x, static_cast<const int32_t*>(labelIndex_.get()), rows);
+  return rows;
+}
+
+void Statistics::observe(size_t group, const Matrix& x, const Matrix& dy) {
+  const Sums& sums = sums_[group];
+  if (sums.gradient) {
+    const Matrix gradient{sums.gradient.get(), DType::f32, dy.cols, x.cols, x.cols};
+    device_.matmul(Transpose::yes, dy, Transpose::no, x, 1.0f, true, gradient);
+  }
+  if (sums.inputMoment) {
+    const Matrix rows = masked(x, inputCopy_, inputCopyBytes_);
+    if (rows.rows > 0) device_.secondMoment(rows, {sums.inputMoment.get(), DType::f32, x.cols, x.cols, x.cols});
+  }
+  if (sums.outputFactor) {
+    const Matrix rows = masked(dy, outputCopy_, outputCopyBytes_);
+    if (rows.rows > 0) device_.squareSum(rows, static_cast<double*>(sums.outputFactor.get()));
+  }
+}
+
+GroupStatistics Statistics::read(size_t index) const {
+  const Projection& group = *projections_[index];
+  const Sums& sums = sums_[index];
+  GroupStatistics result;
+  if (sums.gradient) result.gradient = readMean<float>(device_, sums.gradient, group.out * group.in, samples_);
+  if (sums.outputFactor) result.outputFactor = readMean<double>(device_, sums.outputFactor, group.out, maskedTokens_);
+  if (sums.inputMoment) {
+    result.inputMoment = readMean<float>(device_, sums.inputMoment, group.in * group.in, maskedTokens_);
+    for (int64_t i = 0; i < group.in; ++i) {
+      for (int64_t j = 0; j < i; ++j) {
+        result.inputMoment[static_cast<size_t>(j * group.in + i)] = result.inputMoment[static_cast<size_t>(i * group.in + j)];
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace lora_da

@@ -1,0 +1,58 @@
+// What one pass over a few hundred samples tells about every linear module: G, Z and ydiag (DESIGN: gradient, input second moment,
+// diagonal of the output factor), collected together. Modules that read the same input share one Z.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/device.h"
+#include "init/initializer.h"
+#include "model/batch.h"
+#include "model/projection.h"
+
+namespace lora_da {
+
+// Which tokens Z and ydiag are averaged over; G always takes all.
+enum class TokenMask { attention, labels };
+
+// One group's statistics on the host.
+struct GroupStatistics {
+  std::vector<float> gradient;       // [out, in], mean over samples; the rows of a module are those of its columns in the group
+  std::vector<float> inputMoment;    // [in, in], mean over masked tokens; both triangles
+  std::vector<double> outputFactor;  // [out], mean over masked tokens
+};
+
+class Statistics : public ProjectionObserver {
+ public:
+  // Collects for the groups marked in `wanted` (an entry per projection) what `needs` names.
+  Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted, InitializerNeeds needs,
+             TokenMask mask);
+
+  // Call before the pass over each batch.
+  void beginBatch(const PackedBatch& batch);
+  void observe(size_t group, const Matrix& x, const Matrix& dy) override;
+
+  GroupStatistics read(size_t group) const;
+  int64_t samples() const { return samples_; }
+
+ private:
+  struct Sums {
+    Buffer gradient, inputMoment, outputFactor;
+  };
+  // The rows of x that the mask keeps: x itself without its padding, or a gathered copy.
+  Matrix masked(const Matrix& x, Buffer& copy, size_t& copyBytes);
+
+  Device& device_;
+  std::vector<const Projection*> projections_;
+  TokenMask mask_;
+  std::vector<Sums> sums_;
+  int64_t samples_ = 0;
+  int64_t maskedTokens_ = 0;
+  int64_t batchTokens_ = 0, batchLabelRows_ = 0;
+  Buffer labelIndex_;
+  Buffer inputCopy_, outputCopy_;
+  size_t inputCopyBytes_ = 0, outputCopyBytes_ = 0;
+};
+
+}  // namespace lora_da

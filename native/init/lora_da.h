@@ -1,0 +1,10 @@
+// LoRA-DA (Zhang et al., ICML 2026, arXiv 2510.24561).
+#pragma once
+
+#include "init/initializer.h"
+
+namespace lora_da {
+
+void initializeLoraDa(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors, ModuleReport& report);
+
+}  // namespace lora_da

@@ -1,0 +1,261 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+
+#include "core/error.h"
+#include "model/layers.h"
+
+namespace lora_da {
+
+Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
+                 const std::function<void(int64_t, int64_t)>& progress)
+    : spec_(std::move(spec)), device_(makeDevice(options)), files_(std::move(tensors)) {
+  weights_ = loadWeights(*device_, spec_, files_, [&](int64_t done, int64_t total) {
+    checkCancelled();
+    progress(done, total);
+  });
+  for (const LayerWeights& layer : weights_.layers) {
+    for (const Projection* group : {&layer.attentionInputs, &layer.attentionOutput, &layer.mlpInputs, &layer.mlpOutput}) {
+      projections_.push_back(group);
+    }
+  }
+  totals_ = device_->allocate(2 * sizeof(double), "step totals");
+}
+
+void Decoder::checkCancelled() const {
+  if (cancelled.load(std::memory_order_relaxed)) throw Error(code::aborted, "the operation was aborted");
+}
+
+void Decoder::addLora(const std::vector<std::string>& modules, int64_t rank, float scaling) {
+  std::map<std::string, bool> wanted;
+  for (const std::string& module : modules) wanted[module] = false;
+  std::vector<LoraGroupShape> shapes;
+  for (const Projection* group : projections_) {
+    LoraGroupShape shape{group->in, group->out, {}};
+    for (const ProjectionPart& part : group->parts) {
+      const auto found = wanted.find(part.module);
+      if (found == wanted.end()) continue;
+      found->second = true;
+      shape.blocks.push_back({part.module, part.offset, part.out});
+    }
+    shapes.push_back(std::move(shape));
+  }
+  for (const auto& [module, known] : wanted) {
+    if (!known) throw Error(code::invalidArgument, "the model has no linear module " + module);
+  }
+  lora_.reset();
+  lora_.emplace(*device_, shapes, rank, scaling);
+}
+
+// --- passes --------------------------------------------------------------------------------------------------------
+
+StepBuffers Decoder::prepareStep(PackedBatch& batch, const LoraSet* lora, const PassShape& shape) {
+  const auto layout = [&](Arena& arena) {
+    arena.rewind();
+    batch.layout(arena);
+    return layoutStep(arena, spec_, device_->computeType(), lora, shape);
+  };
+  Arena counting;
+  layout(counting);
+  arena_.reserve(*device_, counting.used(), "activations of " + std::to_string(batch.tokens) + " tokens");
+  StepBuffers buffers = layout(arena_);
+  batch.upload(*device_);
+  return buffers;
+}
+
+LayerContext Decoder::layerContext(const Pass& pass, int64_t layer) {
+  return {*device_, spec_, weights_.layers[static_cast<size_t>(layer)], layer, pass.lora, pass.batch, pass.rotary, pass.buffers,
+          pass.observer, pass.cache};
+}
+
+void Decoder::forward(const Pass& pass) {
+  StepBuffers& buffers = pass.buffers;
+  const float epsilon = spec_.normEpsilon;
+  const auto normOf = [](const Buffer& buffer) { return static_cast<const float*>(buffer.get()); };
+
+  device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, buffers.inputs[0]);
+  device_->rmsNorm(buffers.inputs[0], nullptr, normOf(weights_.layers[0].attentionNorm), epsilon, buffers.inputs[0], buffers.normed,
+                   buffers.layer(0).attentionRstd);
+  for (int64_t layer = 0; layer < spec_.layers; ++layer) {
+    checkCancelled();
+    const LayerContext context = layerContext(pass, layer);
+    LayerActivations& kept = buffers.layer(layer);
+    attentionForward(context);
+    device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], &buffers.branch, normOf(context.weights.mlpNorm), epsilon, kept.middle,
+                     buffers.normed, kept.mlpRstd);
+    mlpForward(context, true);
+    if (layer + 1 < spec_.layers) {
+      const auto next = static_cast<size_t>(layer + 1);
+      device_->rmsNorm(kept.middle, &buffers.branch, normOf(weights_.layers[next].attentionNorm), epsilon, buffers.inputs[next],
+                       buffers.normed, buffers.layer(layer + 1).attentionRstd);
+    } else {
+      device_->rmsNorm(kept.middle, &buffers.branch, finalNorm(), epsilon, buffers.finalStream, buffers.normed, buffers.finalRstd);
+    }
+  }
+}
+
+void Decoder::headForward(const Pass& pass, bool gradient) {
+  StepBuffers& buffers = pass.buffers;
+  const PackedBatch& batch = pass.batch;
+  if (batch.labelRows > 0) {
+    device_->gatherRows(buffers.normed, batch.deviceLabelIndex, buffers.labelNormed);
+    device_->headLoss(buffers.labelNormed, weights_.head(), batch.deviceTargets, batch.deviceRowScale, buffers.losses,
+                      gradient ? &buffers.labelGrad : nullptr);
+  }
+  if (!gradient) return;
+  const size_t streamBytes = static_cast<size_t>(batch.rows * spec_.hiddenSize) * sizeof(float);
+  device_->zero(buffers.normedGrad.data, streamBytes);
+  device_->zero(buffers.streamGrad.data, streamBytes);
+  if (batch.labelRows == 0) return;
+  device_->scatterAddRows(buffers.labelGrad.rowRange(0, batch.labelRows), batch.deviceLabelIndex, buffers.normedGrad);
+  device_->rmsNormGrad(buffers.finalStream, buffers.finalRstd, finalNorm(), buffers.normedGrad, buffers.streamGrad);
+}
+
+void Decoder::recomputeLayer(const Pass& pass, int64_t layer) {
+  StepBuffers& buffers = pass.buffers;
+  const LayerContext context = layerContext(pass, layer);
+  LayerActivations& kept = buffers.layer(layer);
+  const Matrix& input = buffers.inputs[static_cast<size_t>(layer)];
+  device_->rmsNorm(input, nullptr, static_cast<const float*>(context.weights.attentionNorm.get()), spec_.normEpsilon, input,
+                   buffers.normed, kept.attentionRstd);
+  attentionForward(context);
+  device_->rmsNorm(input, &buffers.branch, static_cast<const float*>(context.weights.mlpNorm.get()), spec_.normEpsilon, kept.middle,
+                   buffers.normed, kept.mlpRstd);
+  mlpForward(context, false);
+}
+
+void Decoder::backward(const Pass& pass) {
+  for (int64_t layer = spec_.layers - 1; layer >= 0; --layer) {
+    checkCancelled();
+    // The last layer's activations are still those of forward.
+    if (pass.keep == Keep::layerInputs && layer + 1 < spec_.layers) recomputeLayer(pass, layer);
+    const LayerContext context = layerContext(pass, layer);
+    mlpBackward(context);
+    attentionBackward(context);
+  }
+}
+
+void Decoder::lossesAndGradients(PackedBatch& batch, const LoraSet* lora, Keep keep, ProjectionObserver* observer) {
+  StepBuffers buffers = prepareStep(batch, lora, {batch.rows, batch.paddedLabelRows, keep, true});
+  const Pass pass{batch, buffers, lora, keep, rotary_.get(*device_, spec_, batch.maxLength), observer};
+  forward(pass);
+  headForward(pass, true);
+  backward(pass);
+  if (batch.labelRows > 0) {
+    device_->sumLosses(buffers.losses, batch.deviceRowScale, batch.labelRows, static_cast<double*>(totals_.get()));
+  }
+}
+
+// --- what callers ask for ------------------------------------------------------------------------------------------
+
+StepResult Decoder::trainStep(const std::vector<TokenBatch>& batches, const StepOptions& options) {
+  if (!lora_) throw Error(code::invalidArgument, "the model has no adapters to train");
+  std::vector<PackedBatch> packed;
+  int64_t labels = 0;
+  for (const TokenBatch& batch : batches) {
+    packed.push_back(packBatch(batch, spec_.vocabSize));
+    labels += packed.back().labelRows;
+  }
+  if (labels == 0) throw Error(code::invalidArgument, "the step has no label tokens");
+
+  auto* totals = static_cast<double*>(totals_.get());
+  device_->zero(totals, 2 * sizeof(double));
+  lora_->zeroGradients(*device_);
+  const Keep keep = options.recompute == Recompute::layer ? Keep::layerInputs : Keep::all;
+  for (PackedBatch& batch : packed) {
+    batch.scaleRows(1.0f / static_cast<float>(labels));
+    lossesAndGradients(batch, &*lora_, keep, nullptr);
+  }
+  files_.checkIntact();
+  lora_->clearOffBlockGradients(*device_);
+  const std::vector<Parameter> parameters = lora_->parameters();
+  device_->gradNorm(parameters, totals + 1);
+  device_->adamw(parameters, options.optimizer, totals + 1, totals);
+
+  double host[2];
+  device_->download(host, totals, sizeof host);
+  device_->synchronize();
+  if (!std::isfinite(host[0]) || !std::isfinite(host[1])) {
+    const char* what = std::isfinite(host[0]) ? "gradient norm" : "loss";
+    throw Error(code::nonFinite, std::string("the ") + what + " is not finite");
+  }
+  return {host[0], host[1]};
+}
+
+Evaluation Decoder::evaluate(const TokenBatch& tokens) {
+  PackedBatch batch = packBatch(tokens, spec_.vocabSize);
+  const LoraSet* lora = lora_ ? &*lora_ : nullptr;
+  StepBuffers buffers = prepareStep(batch, lora, {batch.rows, batch.paddedLabelRows, Keep::nothing, false});
+  const Pass pass{batch, buffers, lora, Keep::nothing, rotary_.get(*device_, spec_, batch.maxLength)};
+  forward(pass);
+  headForward(pass, false);
+  std::vector<float> losses(static_cast<size_t>(batch.labelRows));
+  if (!losses.empty()) device_->download(losses.data(), buffers.losses, losses.size() * sizeof(float));
+  device_->synchronize();
+  files_.checkIntact();
+
+  Evaluation result;
+  result.losses.assign(static_cast<size_t>(batch.sequenceCount()), 0.0);
+  result.labelTokens = batch.labelsPerSequence;
+  for (size_t i = 0; i < losses.size(); ++i) result.losses[static_cast<size_t>(batch.labelSequence[i])] += losses[i];
+  for (size_t i = 0; i < result.losses.size(); ++i) {
+    result.losses[i] = result.labelTokens[i] ? result.losses[i] / result.labelTokens[i] : std::numeric_limits<double>::quiet_NaN();
+  }
+  return result;
+}
+
+std::vector<float> Decoder::logits(const TokenBatch& tokens) {
+  PackedBatch batch = packBatch(tokens, spec_.vocabSize);
+  const LoraSet* lora = lora_ ? &*lora_ : nullptr;
+  StepBuffers buffers = prepareStep(batch, lora, {batch.rows, 0, Keep::nothing, false});
+  forward({batch, buffers, lora, Keep::nothing, rotary_.get(*device_, spec_, batch.maxLength)});
+  const Buffer memory = device_->allocate(static_cast<size_t>(batch.tokens * spec_.vocabSize) * sizeof(float), "logits");
+  const Matrix logits{memory.get(), DType::f32, batch.tokens, spec_.vocabSize, spec_.vocabSize};
+  device_->linear(buffers.normed.rowRange(0, batch.tokens), weights_.head(), nullptr, nullptr, nullptr, logits);
+  std::vector<float> host(static_cast<size_t>(batch.tokens * spec_.vocabSize));
+  device_->download(host.data(), logits.data, host.size() * sizeof(float));
+  device_->synchronize();
+  files_.checkIntact();
+  return host;
+}
+
+void Decoder::collectPass(const PackedBatch& source, ProjectionObserver& observer) {
+  PackedBatch batch = source;
+  batch.scaleRowsBySequence();
+  lossesAndGradients(batch, nullptr, Keep::all, &observer);
+  files_.checkIntact();
+}
+
+std::vector<float> Decoder::mergedWeight(const std::string& module) {
+  const std::vector<AdapterFactors> factors = lora_ ? lora_->read(*device_, LoraSet::Array::value) : std::vector<AdapterFactors>();
+  const auto found = std::find_if(factors.begin(), factors.end(), [&](const AdapterFactors& f) { return f.module == module; });
+  if (found == factors.end()) throw Error(code::invalidArgument, "module " + module + " has no adapter");
+  std::vector<float> merged = readFloats(files_.tensor(module + ".weight", {found->out, found->in}));
+  const auto r = static_cast<size_t>(found->rank), in = static_cast<size_t>(found->in), out = static_cast<size_t>(found->out);
+  for (size_t o = 0; o < out; ++o) {
+    for (size_t k = 0; k < r; ++k) {
+      const float factor = lora_->scaling() * found->b[o * r + k];
+      for (size_t i = 0; i < in; ++i) merged[o * in + i] += factor * found->a[k * in + i];
+    }
+  }
+  files_.checkIntact();
+  return merged;
+}
+
+MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, Recompute recompute) {
+  const auto width = static_cast<int64_t>(sizeOf(device_->computeType()));
+  MemoryPlan plan;
+  plan.weights = static_cast<size_t>(parameters() * width);
+  Arena arena;
+  layoutStep(arena, spec_, device_->computeType(), lora_ ? &*lora_ : nullptr,
+             {roundRows(tokens), roundRows(labelTokens), recompute == Recompute::layer ? Keep::layerInputs : Keep::all, true});
+  plan.activations = arena.used();
+  plan.adapters = lora_ ? lora_->bytes() : 0;
+  plan.workspace = device_->workspaceBytes(spec_.vocabSize);
+  return plan;
+}
+
+}  // namespace lora_da

@@ -1,0 +1,119 @@
+// A decoder with its adapters on one device: the passes that train, evaluate, collect and generate.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/device.h"
+#include "model/arena.h"
+#include "model/batch.h"
+#include "model/decoder_spec.h"
+#include "model/kv_cache.h"
+#include "model/layers.h"
+#include "model/lora.h"
+#include "model/rotary.h"
+#include "model/step_buffers.h"
+#include "model/weights.h"
+
+namespace lora_da {
+
+struct StepOptions {
+  AdamWStep optimizer;
+  Recompute recompute = Recompute::none;
+};
+
+struct StepResult {
+  double loss = 0;      // cross-entropy summed over the step and divided by its label tokens
+  double gradNorm = 0;  // L2 norm of the adapters' gradients before clipping
+};
+
+struct Evaluation {
+  std::vector<double> losses;  // per sequence: mean over its label tokens; NaN where it has none
+  std::vector<int32_t> labelTokens;
+};
+
+struct GenerateOptions {
+  std::vector<int32_t> inputIds;
+  int64_t maxNewTokens = 0;
+  double temperature = 0;  // 0: greedy
+  double topP = 1;
+  uint64_t seed = 0;
+  std::vector<int32_t> stopIds;
+};
+
+struct MemoryPlan {
+  size_t weights = 0, activations = 0, adapters = 0, workspace = 0;  // bytes
+};
+
+class Decoder {
+ public:
+  Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
+          const std::function<void(int64_t, int64_t)>& progress);
+
+  const DecoderSpec& spec() const { return spec_; }
+  Device& device() { return *device_; }
+  int64_t parameters() const { return weights_.parameters; }
+  LoraSet* lora() { return lora_ ? &*lora_ : nullptr; }
+  // All groups of linear modules in layer order, as LoraSet indexes them.
+  const std::vector<const Projection*>& projections() const { return projections_; }
+
+  // Adapters for the named modules; earlier ones and their optimizer state go. Throws Error(invalidArgument) naming an unknown module.
+  void addLora(const std::vector<std::string>& modules, int64_t rank, float scaling);
+  void removeLora() { lora_.reset(); }
+
+  // One optimizer step over all micro-batches. Throws Error(nonFinite), with the factors as they were, when loss or gradient norm is not finite.
+  StepResult trainStep(const std::vector<TokenBatch>& batches, const StepOptions& options);
+  Evaluation evaluate(const TokenBatch& batch);
+  // Every token's logits [tokens, vocabulary].
+  std::vector<float> logits(const TokenBatch& batch);
+  // Forward and backward of the collection loss through the base model, without adapters; `observer` sees every group.
+  void collectPass(const PackedBatch& batch, ProjectionObserver& observer);
+  // New token ids, the stop token included when one came.
+  std::vector<int32_t> generate(const GenerateOptions& options, const std::function<void(int32_t)>& onToken);
+  // W + scaling B A in float32 [out, in].
+  std::vector<float> mergedWeight(const std::string& module);
+  MemoryPlan planMemory(int64_t tokens, int64_t labelTokens, Recompute recompute);
+
+  // Checked between layers and tokens; the work in progress then throws Error(aborted).
+  std::atomic<bool> cancelled{false};
+
+ private:
+  struct Pass {
+    PackedBatch& batch;
+    StepBuffers& buffers;
+    const LoraSet* lora;
+    Keep keep;
+    Rotary rotary;
+    ProjectionObserver* observer = nullptr;
+    KvCache* cache = nullptr;
+  };
+
+  StepBuffers prepareStep(PackedBatch& batch, const LoraSet* lora, const PassShape& shape);
+  LayerContext layerContext(const Pass& pass, int64_t layer);
+  void forward(const Pass& pass);
+  void recomputeLayer(const Pass& pass, int64_t layer);
+  // Losses of the label rows; with `gradient` also the gradient of the residual stream after the last layer.
+  void headForward(const Pass& pass, bool gradient);
+  void backward(const Pass& pass);
+  void lossesAndGradients(PackedBatch& batch, const LoraSet* lora, Keep keep, ProjectionObserver* observer);
+  std::vector<float> nextLogits(PackedBatch& batch, KvCache& cache);
+  void checkCancelled() const;
+  const float* finalNorm() const { return static_cast<const float*>(weights_.finalNorm.get()); }
+
+  DecoderSpec spec_;
+  std::unique_ptr<Device> device_;
+  CheckpointFiles files_;
+  DecoderWeights weights_;
+  std::vector<const Projection*> projections_;
+  std::optional<LoraSet> lora_;
+  RotaryTable rotary_;
+  Arena arena_;
+  Buffer totals_;      // float64: loss, gradient norm
+  Buffer nextLogits_;  // float32 [vocabulary], for generation
+};
+
+}  // namespace lora_da

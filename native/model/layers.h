@@ -1,0 +1,52 @@
+// The two blocks of a decoder layer, each with its backward.
+//
+// The residual stream enters as buffers.inputs[layer], is buffers.layer(i).middle between the blocks, and each block leaves what it adds in
+// buffers.branch; the add itself is fused into the norm that follows. In backward, buffers.streamGrad holds the gradient of the stream
+// after the block and becomes the gradient before it.
+#pragma once
+
+#include "model/batch.h"
+#include "model/kv_cache.h"
+#include "model/lora.h"
+#include "model/step_buffers.h"
+#include "model/weights.h"
+
+namespace lora_da {
+
+struct LayerContext {
+  Device& device;
+  const DecoderSpec& spec;
+  const LayerWeights& weights;
+  int64_t layer;
+  const LoraSet* lora;            // null: without adapters
+  const PackedBatch& batch;
+  Rotary rotary;
+  StepBuffers& buffers;
+  ProjectionObserver* observer;   // null outside collection
+  KvCache* cache;                 // null outside generation
+
+  // The adapters at a position in the layer (see groupsPerLayer), or null.
+  const LoraGroup* group(size_t position) const {
+    return lora ? lora->group(static_cast<size_t>(layer) * groupsPerLayer + position) : nullptr;
+  }
+  // The LoRA down-projection kept there, and scratch for its gradient: [T, k].
+  Matrix down(size_t position) const { return narrow(buffers.layer(layer).down[position], position); }
+  Matrix downGrad(size_t position) const { return narrow(buffers.downGrad, position); }
+
+ private:
+  Matrix narrow(Matrix view, size_t position) const {
+    const LoraGroup* adapters = group(position);
+    view.cols = view.stride = adapters ? adapters->k : 0;
+    return view;
+  }
+};
+
+// Expects buffers.normed = the attention norm of inputs[layer].
+void attentionForward(const LayerContext& context);
+void attentionBackward(const LayerContext& context);
+
+// Expects buffers.normed = the MLP norm of middle. `withOutput` false stops before the down-projection (recomputation).
+void mlpForward(const LayerContext& context, bool withOutput);
+void mlpBackward(const LayerContext& context);
+
+}  // namespace lora_da

@@ -1,0 +1,69 @@
+#include "model/step_buffers.h"
+
+#include <algorithm>
+
+namespace lora_da {
+
+namespace {
+
+// Largest number of rows in the A factors of one position over all layers.
+int64_t widestDown(const LoraSet& lora, size_t position) {
+  int64_t widest = 0;
+  for (size_t i = position; i < lora.groups().size(); i += groupsPerLayer) widest = std::max(widest, lora.groups()[i].k);
+  return widest;
+}
+
+LayerActivations layoutLayer(Arena& arena, const DecoderSpec& spec, DType type, const LoraSet* lora, int64_t rows) {
+  LayerActivations kept;
+  kept.attentionRstd = arena.array<float>(rows);
+  kept.qkv = arena.matrix(type, rows, spec.qkvWidth());
+  if (spec.headNorm) {
+    kept.qkvRaw = arena.matrix(type, rows, spec.qkvWidth());
+    kept.queryRstd = arena.array<float>(rows * spec.heads);
+    kept.keyRstd = arena.array<float>(rows * spec.kvHeads);
+  }
+  kept.context = arena.matrix(type, rows, spec.queryWidth());
+  kept.lse = arena.array<float>(rows * spec.heads);
+  kept.middle = arena.matrix(DType::f32, rows, spec.hiddenSize);
+  kept.mlpRstd = arena.array<float>(rows);
+  kept.gateUp = arena.matrix(type, rows, 2 * spec.intermediateSize);
+  for (size_t i = 0; lora && i < groupsPerLayer; ++i) kept.down[i] = arena.matrix(type, rows, widestDown(*lora, i));
+  return kept;
+}
+
+}  // namespace
+
+StepBuffers layoutStep(Arena& arena, const DecoderSpec& spec, DType type, const LoraSet* lora, const PassShape& shape) {
+  StepBuffers buffers;
+  const int64_t rows = shape.rows, labels = shape.labelRows;
+  const int64_t hidden = spec.hiddenSize;
+  // Without backward two residual streams taking turns are enough: one is read while the next is written.
+  const int64_t streams = shape.keep == Keep::nothing ? std::min<int64_t>(2, spec.layers) : spec.layers;
+  for (int64_t i = 0; i < streams; ++i) buffers.inputs.push_back(arena.matrix(DType::f32, rows, hidden));
+  for (int64_t i = streams; i < spec.layers; ++i) buffers.inputs.push_back(buffers.inputs[static_cast<size_t>(i % 2)]);
+  const int64_t kept = shape.keep == Keep::all ? spec.layers : 1;
+  for (int64_t i = 0; i < kept; ++i) buffers.layers.push_back(layoutLayer(arena, spec, type, lora, rows));
+
+  buffers.normed = arena.matrix(type, rows, hidden);
+  buffers.branch = arena.matrix(DType::f32, rows, hidden);
+  buffers.hidden = arena.matrix(type, rows, spec.intermediateSize);
+  buffers.finalStream = arena.matrix(DType::f32, rows, hidden);
+  buffers.finalRstd = arena.array<float>(rows);
+  buffers.labelNormed = arena.matrix(type, labels, hidden);
+  buffers.losses = arena.array<float>(labels);
+  if (!shape.backward) return buffers;
+
+  buffers.labelGrad = arena.matrix(DType::f32, labels, hidden);
+  buffers.streamGrad = arena.matrix(DType::f32, rows, hidden);
+  buffers.branchGrad = arena.matrix(type, rows, hidden);
+  buffers.normedGrad = arena.matrix(DType::f32, rows, hidden);
+  buffers.hiddenGrad = arena.matrix(type, rows, spec.intermediateSize);
+  buffers.contextGrad = arena.matrix(type, rows, spec.queryWidth());
+  buffers.qkvGrad = arena.matrix(type, rows, spec.qkvWidth());
+  int64_t widest = 0;
+  for (size_t i = 0; lora && i < groupsPerLayer; ++i) widest = std::max(widest, widestDown(*lora, i));
+  buffers.downGrad = arena.matrix(type, rows, widest);
+  return buffers;
+}
+
+}  // namespace lora_da

@@ -1,0 +1,289 @@
+// Attention forward, backward and cached, against the definition in float64: every score of every query is formed.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "test_device.h"
+
+using namespace lora_da;
+using namespace lora_da::test;
+
+namespace {
+
+struct Case {
+  AttentionShape shape;
+  std::vector<int32_t> starts;
+  int64_t padding;
+};
+
+// q, k and v are column slices of one matrix, as the model's fused projection leaves them; their gradients of another.
+struct Problem {
+  Case c;
+  int64_t rows, qCols, kvCols;
+  TestMatrix qkv, out, dout, dqkv;
+  Sequences sequences;
+  std::vector<float> lse;
+
+  Problem(const Case& chosen, DType type, std::mt19937_64& random)
+      : c(chosen),
+        rows(chosen.starts.back() + chosen.padding),
+        qCols(int64_t{chosen.shape.heads} * chosen.shape.headDim),
+        kvCols(int64_t{chosen.shape.kvHeads} * chosen.shape.headDim),
+        qkv(type, rows, qCols + 2 * kvCols, 3),
+        out(type, rows, qCols, 5),
+        dout(type, rows, qCols),
+        dqkv(type, rows, qCols + 2 * kvCols, 1),
+        lse(static_cast<size_t>(rows * chosen.shape.heads), -1.0f) {
+    qkv.randomize(random);
+    dout.randomize(random);
+    out.randomize(random);   // must be overwritten
+    dqkv.randomize(random);
+    sequences.hostStarts = c.starts;
+    sequences.starts = sequences.hostStarts.data();
+  }
+  Matrix q() const { return qkv.view.columns(0, qCols); }
+  Matrix k() const { return qkv.view.columns(qCols, kvCols); }
+  Matrix v() const { return qkv.view.columns(qCols + kvCols, kvCols); }
+
+  void forward(Device& device) { device.attention(q(), k(), v(), sequences, c.shape, out.view, lse.data()); }
+  void backward(Device& device) {
+    device.attentionGrad(q(), k(), v(), out.view, lse.data(), dout.view, sequences, c.shape, dqkv.view.columns(0, qCols),
+                         dqkv.view.columns(qCols, kvCols), dqkv.view.columns(qCols + kvCols, kvCols));
+  }
+};
+
+// out, lse and the gradients by the definition. Padding rows stay 0.
+struct Reference {
+  std::vector<double> out, lse, dqkv;
+
+  explicit Reference(const Problem& p) {
+    const AttentionShape& shape = p.c.shape;
+    const int64_t d = shape.headDim, cols = p.qCols + 2 * p.kvCols, group = shape.heads / shape.kvHeads;
+    out.assign(static_cast<size_t>(p.rows * p.qCols), 0.0);
+    lse.assign(static_cast<size_t>(p.rows * shape.heads), 0.0);
+    dqkv.assign(static_cast<size_t>(p.rows * cols), 0.0);
+    const auto x = [&](int64_t row, int64_t col) { return p.qkv.exactAt(row, col); };
+    for (size_t s = 0; s + 1 < p.c.starts.size(); ++s) {
+      for (int64_t h = 0; h < shape.heads; ++h) {
+        const int64_t qCol = h * d, kCol = p.qCols + h / group * d, vCol = kCol + p.kvCols;
+        for (int64_t i = p.c.starts[s]; i < p.c.starts[s + 1]; ++i) {
+          const int64_t from = shape.window > 0 ? std::max<int64_t>(p.c.starts[s], i - shape.window + 1) : p.c.starts[s];
+          std::vector<double> probability(static_cast<size_t>(i - from + 1));
+          double sum = 0, mean = 0;
+          for (int64_t j = from; j <= i; ++j) {
+            double score = 0;
+            for (int64_t e = 0; e < d; ++e) score += x(i, qCol + e) * x(j, kCol + e);
+            probability[static_cast<size_t>(j - from)] = std::exp(static_cast<double>(shape.scale) * score);
+            sum += probability[static_cast<size_t>(j - from)];
+          }
+          lse[static_cast<size_t>(i * shape.heads + h)] = std::log(sum);
+          std::vector<double> slope(probability.size());  // dout . v_j
+          for (int64_t j = from; j <= i; ++j) {
+            double& p_ij = probability[static_cast<size_t>(j - from)];
+            p_ij /= sum;
+            for (int64_t e = 0; e < d; ++e) {
+              out[static_cast<size_t>(i * p.qCols + qCol + e)] += p_ij * x(j, vCol + e);
+              slope[static_cast<size_t>(j - from)] += p.dout.exactAt(i, qCol + e) * x(j, vCol + e);
+            }
+            mean += p_ij * slope[static_cast<size_t>(j - from)];
+          }
+          for (int64_t j = from; j <= i; ++j) {
+            const double p_ij = probability[static_cast<size_t>(j - from)];
+            const double ds = static_cast<double>(shape.scale) * p_ij * (slope[static_cast<size_t>(j - from)] - mean);
+            for (int64_t e = 0; e < d; ++e) {
+              dqkv[static_cast<size_t>(i * cols + qCol + e)] += ds * x(j, kCol + e);
+              dqkv[static_cast<size_t>(j * cols + kCol + e)] += ds * x(i, qCol + e);
+              dqkv[static_cast<size_t>(j * cols + vCol + e)] += p_ij * p.dout.exactAt(i, qCol + e);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+AttentionShape shapeOf(int32_t heads, int32_t kvHeads, int32_t headDim, int32_t window = 0) {
+  AttentionShape shape;
+  shape.heads = heads;
+  shape.kvHeads = kvHeads;
+  shape.headDim = headDim;
+  shape.scale = 1.0f / std::sqrt(static_cast<float>(headDim));
+  shape.window = window;
+  return shape;
+}
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> all = {
+      {shapeOf(3, 1, 12), {0, 1, 8, 9, 74}, 54},
+      {shapeOf(4, 2, 16), {0, 5, 70}, 58},
+      {shapeOf(2, 2, 20, 7), {0, 100, 129}, 63},
+      {shapeOf(9, 3, 64), {0, 37, 38, 166}, 26},
+      {shapeOf(2, 1, 64, 1), {0, 130}, 62},
+      {shapeOf(2, 1, 64, 65), {0, 257, 300}, 20},
+      {shapeOf(2, 1, 96), {0, 64, 128, 256}, 0},
+      {shapeOf(3, 3, 80, 64), {0, 191}, 1},
+      {shapeOf(2, 1, 128), {0, 49, 200}, 56},
+      {shapeOf(1, 1, 7), {0, 3}, 61},
+      {shapeOf(1, 1, 256, 100), {0, 150}, 42},
+      // Longer than a chunk of queries.
+      {shapeOf(2, 1, 16), {0, 1100, 1101}, 51},
+      {shapeOf(2, 1, 16, 130), {0, 2100}, 12},
+  };
+  return all;
+}
+
+std::string nameOf(const Case& c) {
+  return std::to_string(c.shape.heads) + "/" + std::to_string(c.shape.kvHeads) + " heads of " + std::to_string(c.shape.headDim) +
+         ", window " + std::to_string(c.shape.window) + ", " + std::to_string(c.starts.back()) + " tokens";
+}
+
+}  // namespace
+
+TEST_CASE("attention and its gradient equal the definition") {
+  for (DType type : {DType::f32, DType::bf16}) {
+    const auto device = cpuDevice(type);
+    for (const Case& c : cases()) {
+      const uint64_t seed = freshSeed();
+      INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
+      std::mt19937_64 random(seed);
+      Problem p(c, type, random);
+      const Reference reference(p);
+      const int64_t cols = p.qCols + 2 * p.kvCols;
+
+      p.forward(*device);
+      CHECK(relativeError(p.out, [&](int64_t i, int64_t j) { return reference.out[static_cast<size_t>(i * p.qCols + j)]; }) <
+            tolerance(type));
+      double worstLse = 0;
+      for (size_t i = 0; i < p.lse.size(); ++i) worstLse = std::max(worstLse, std::abs(p.lse[i] - reference.lse[i]));
+      CHECK(worstLse < 1e-5);
+
+      p.backward(*device);
+      const auto expected = [&](int64_t i, int64_t j) { return reference.dqkv[static_cast<size_t>(i * cols + j)]; };
+      // With a window of one every probability is 1 and dq and dk are exactly 0: only rounding of `out` is left of them.
+      const bool trivial = c.shape.window == 1;
+      CHECK(relativeError(p.dqkv, expected) < (trivial ? 2 : 1.5) * tolerance(type));
+      bool zeroPadding = true;
+      for (int64_t i = c.starts.back(); i < p.rows; ++i) {
+        for (int64_t j = 0; j < cols; ++j) zeroPadding = zeroPadding && p.dqkv.at(i, j) == 0.0;
+        for (int64_t j = 0; j < p.qCols; ++j) zeroPadding = zeroPadding && p.out.at(i, j) == 0.0;
+      }
+      CHECK(zeroPadding);
+    }
+  }
+}
+
+TEST_CASE("each of dq, dk and dv equals the definition") {
+  const auto device = cpuDevice(DType::f32);
+  for (const Case& c : cases()) {
+    if (c.shape.window == 1) continue;
+    const uint64_t seed = freshSeed();
+    INFO("seed ", seed, ", ", nameOf(c));
+    std::mt19937_64 random(seed);
+    Problem p(c, DType::f32, random);
+    const Reference reference(p);
+    p.forward(*device);
+    p.backward(*device);
+    const int64_t cols = p.qCols + 2 * p.kvCols, columns[] = {0, p.qCols, p.qCols + p.kvCols, cols};
+    for (int part = 0; part < 3; ++part) {
+      double difference = 0, norm = 0;
+      for (int64_t i = 0; i < p.rows; ++i) {
+        for (int64_t j = columns[part]; j < columns[part + 1]; ++j) {
+          const double e = reference.dqkv[static_cast<size_t>(i * cols + j)];
+          difference += (p.dqkv.at(i, j) - e) * (p.dqkv.at(i, j) - e);
+          norm += e * e;
+        }
+      }
+      CHECK(std::sqrt(difference / norm) < tolerance(DType::f32));
+    }
+  }
+}
+
+TEST_CASE("attention survives scores far from zero") {
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  const auto device = cpuDevice(DType::f32);
+  Problem p({shapeOf(1, 1, 16), {0, 150}, 42}, DType::f32, random);
+  p.c.shape.scale = 20.0f;  // scores of several hundred; rows nearly one-hot
+  p.forward(*device);
+  p.backward(*device);
+  bool finite = true;
+  for (int64_t i = 0; i < 150; ++i) {
+    for (int64_t j = 0; j < 16; ++j) finite = finite && std::isfinite(p.out.at(i, j));
+    for (int64_t j = 0; j < 48; ++j) finite = finite && std::isfinite(p.dqkv.at(i, j));
+  }
+  CHECK(finite);
+}
+
+TEST_CASE("a NaN in a key reaches the queries that see it and no other sequence") {
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  const auto device = cpuDevice(DType::f32);
+  Problem p({shapeOf(1, 1, 16), {0, 70, 140}, 52}, DType::f32, random);
+  p.qkv.f32[static_cast<size_t>(30 * p.qkv.view.stride + p.qCols)] = std::nanf("");
+  p.forward(*device);
+  CHECK(std::isfinite(p.out.at(29, 0)));
+  CHECK(std::isnan(p.out.at(30, 0)));
+  CHECK(std::isnan(p.out.at(69, 0)));
+  CHECK(std::isfinite(p.out.at(70, 0)));
+}
+
+TEST_CASE("attention has the same bits whatever the number of threads") {
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  for (DType type : {DType::f32, DType::bf16}) {
+    std::vector<std::unique_ptr<Problem>> runs;
+    for (int threads : {1, 2, 3, 2}) {
+      std::mt19937_64 random(seed);
+      runs.push_back(std::make_unique<Problem>(Case{shapeOf(4, 2, 32), {0, 300, 301, 1500, 1700}, 28}, type, random));
+      const auto device = cpuDevice(type, threads);
+      runs.back()->forward(*device);
+      runs.back()->backward(*device);
+    }
+    for (const auto& run : runs) {
+      CHECK(run->out.f32 == runs[0]->out.f32);
+      CHECK(run->out.bf16 == runs[0]->out.bf16);
+      CHECK(run->dqkv.f32 == runs[0]->dqkv.f32);
+      CHECK(run->dqkv.bf16 == runs[0]->dqkv.bf16);
+      CHECK(run->lse == runs[0]->lse);
+    }
+  }
+}
+
+TEST_CASE("attention over no sequence is zero") {
+  const auto device = cpuDevice(DType::f32);
+  std::mt19937_64 random(freshSeed());
+  Problem p({shapeOf(2, 1, 16), {0}, 64}, DType::f32, random);
+  p.forward(*device);
+  p.backward(*device);
+  for (int64_t i = 0; i < 64; ++i) {
+    CHECK(p.out.at(i, 0) == 0.0);
+    CHECK(p.dqkv.at(i, 0) == 0.0);
+  }
+}
+
+TEST_CASE("cached attention equals the last row of attention") {
+  for (DType type : {DType::f32, DType::bf16}) {
+    const auto device = cpuDevice(type);
+    for (const Case& c : cases()) {
+      const uint64_t seed = freshSeed();
+      INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
+      std::mt19937_64 random(seed);
+      Case last = c;
+      last.starts = {0, c.starts.back()};
+      Problem p(last, type, random);
+      const Reference reference(p);
+      const int64_t length = c.starts.back();
+      TestMatrix out(type, 1, p.qCols);
+      device->attentionCached(p.q().rowRange(length - 1, 1), p.k().rowRange(0, length), p.v().rowRange(0, length), c.shape, out.view);
+      CHECK(relativeError(out, [&](int64_t, int64_t j) { return reference.out[static_cast<size_t>((length - 1) * p.qCols + j)]; }) <
+            tolerance(type));
+    }
+  }
+}

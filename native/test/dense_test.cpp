@@ -1,0 +1,201 @@
+#include <doctest/doctest.h>
+
+#include "test_dense.h"
+#include "test_device.h"
+
+using namespace lora_da;
+using namespace lora_da::test;
+
+namespace {
+
+// Q^T diag(values) Q with a random orthogonal Q.
+Dense withSpectrum(const std::vector<double>& values, std::mt19937_64& random) {
+  const int64_t n = static_cast<int64_t>(values.size());
+  const Dense q = orthonormalRows(randomMatrix(n, n, random));
+  Dense scaled = q;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) scaled(i, j) *= values[i];
+  }
+  return product(transpose(q), scaled);
+}
+
+Dense positiveDefinite(int64_t n, std::mt19937_64& random) {
+  const Dense x = randomMatrix(n, n + 3, random);
+  return sum(1, product(x, transpose(x)), 0.1L, identity(n));
+}
+
+struct Lowest {
+  std::vector<double> values;
+  Dense vectors;
+};
+
+Lowest lowest(Device& device, const Dense& matrix, int64_t count) {
+  std::vector<double> a = matrix.toDouble(), values(static_cast<size_t>(count)), vectors(static_cast<size_t>(count * matrix.rows));
+  device.lowestEigenpairs(a.data(), matrix.rows, count, values.data(), vectors.data());
+  return {values, Dense(count, matrix.rows, vectors.data())};
+}
+
+double orthogonalityError(const Dense& vectors) { return difference(product(vectors, transpose(vectors)), identity(vectors.rows)); }
+
+double residual(const Dense& matrix, const Lowest& pairs) {
+  Dense scaled = pairs.vectors;
+  for (int64_t i = 0; i < scaled.rows; ++i) {
+    for (int64_t j = 0; j < scaled.cols; ++j) scaled(i, j) *= pairs.values[i];
+  }
+  return difference(product(pairs.vectors, matrix), scaled) / std::max(norm(matrix), 1e-300);
+}
+
+}  // namespace
+
+TEST_CASE("a Cholesky factor multiplies back to its matrix") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  for (const int64_t n : {1, 7, 64, 65, 131}) {
+    const Dense matrix = positiveDefinite(n, random);
+    std::vector<double> a = matrix.toDouble();
+    REQUIRE(device->choleskyFactor(a.data(), n) == 0);
+    Dense factor(n, n, a.data());
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = i + 1; j < n; ++j) factor(i, j) = 0;
+    }
+    CHECK(difference(product(factor, transpose(factor)), matrix) < 1e-13 * norm(matrix));
+  }
+}
+
+TEST_CASE("a factorization that fails returns the order of the minor") {
+  const auto device = cpuDevice(DType::f32);
+  std::vector<double> a = identity(9).toDouble();
+  a[4 * 9 + 4] = -1;
+  CHECK(device->choleskyFactor(a.data(), 9) == 5);
+}
+
+TEST_CASE("a solution by Cholesky factor satisfies its equations") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  for (const auto& [n, m] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 3}, {65, 1}, {65, 130}, {131, 17}}) {
+    const Dense matrix = positiveDefinite(n, random), rightSide = randomMatrix(n, m, random);
+    std::vector<double> factor = matrix.toDouble(), x = rightSide.toDouble();
+    REQUIRE(device->choleskyFactor(factor.data(), n) == 0);
+    device->choleskySolve(factor.data(), n, x.data(), m);
+    const Dense solution(n, m, x.data());
+    CHECK(difference(product(matrix, solution), rightSide) < 1e-13 * norm(matrix) * norm(solution));
+  }
+}
+
+TEST_CASE("an inverse is full and symmetric") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  for (const int64_t n : {1, 7, 64, 65, 131}) {
+    const Dense matrix = positiveDefinite(n, random);
+    std::vector<double> a = matrix.toDouble();
+    REQUIRE(device->choleskyFactor(a.data(), n) == 0);
+    device->choleskyInverse(a.data(), n);
+    const Dense result(n, n, a.data());
+    CHECK(difference(result, transpose(result)) == 0);
+    CHECK(difference(product(matrix, result), identity(n)) < 1e-12 * norm(matrix) * norm(result));
+  }
+}
+
+TEST_CASE("a symmetric product fills both triangles and adds to what was there") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  for (const auto& [n, m] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 3}, {65, 130}, {131, 17}}) {
+    const Dense a = randomMatrix(n, m, random), before = positiveDefinite(n, random);
+    const std::vector<double> input = a.toDouble();
+    std::vector<double> c = before.toDouble();
+    device->symmetricProduct(input.data(), n, m, -0.5, 2, c.data());
+    const Dense expected = sum(-0.5L, product(a, transpose(a)), 2, before), result(n, n, c.data());
+    CHECK(difference(result, expected) < 1e-13 * norm(expected));
+    CHECK(difference(result, transpose(result)) == 0);
+  }
+}
+
+TEST_CASE("a symmetric product that overwrites does not read what was there") {
+  const auto device = cpuDevice(DType::f32);
+  const std::vector<double> a = {1, 2, 3};
+  std::vector<double> c(9, std::nan(""));
+  device->symmetricProduct(a.data(), 3, 1, 1, 0, c.data());
+  CHECK(c == std::vector<double>{1, 2, 3, 2, 4, 6, 3, 6, 9});
+}
+
+TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  for (const auto& [n, count] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {2, 1}, {7, 7}, {33, 5}, {65, 9}}) {
+    const Dense x = randomMatrix(n, n, random), matrix = sum(0.5L, x, 0.5L, transpose(x));
+    const Eigenpairs expected = eigenpairs(matrix);
+    const Lowest pairs = lowest(*device, matrix, count);
+    for (int64_t i = 0; i < count; ++i) CHECK(std::abs(pairs.values[i] - static_cast<double>(expected.values[i])) < 1e-13 * norm(matrix));
+    CHECK(orthogonalityError(pairs.vectors) < 1e-12);
+    CHECK(residual(matrix, pairs) < 1e-13);
+  }
+}
+
+TEST_CASE("eigenvectors of tight clusters are orthonormal") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  std::vector<double> equal(61, 1.0), twoClusters, spaced, tiny;
+  for (int i = 0; i < 61; ++i) {
+    twoClusters.push_back(i < 20 ? -1 + 1e-15 * i : 2);
+    spaced.push_back(1 + 1e-13 * i);
+    tiny.push_back(i < 10 ? -1e-9 * (1 + 1e-12 * i) : i < 40 ? 0 : 1e3 * i);
+  }
+  for (const std::vector<double>& values : {equal, twoClusters, spaced, tiny}) {
+    const Dense matrix = withSpectrum(values, random);
+    const Lowest pairs = lowest(*device, matrix, 17);
+    CHECK(orthogonalityError(pairs.vectors) < 1e-12);
+    CHECK(residual(matrix, pairs) < 1e-13);
+    CHECK(std::is_sorted(pairs.values.begin(), pairs.values.end()));
+  }
+}
+
+TEST_CASE("eigenpairs of diagonal matrices, zero included") {
+  const auto device = cpuDevice(DType::f32);
+  Dense diagonal(9, 9);
+  for (int64_t i = 0; i < 9; ++i) diagonal(i, i) = static_cast<Real>((i * 4) % 9);
+  const Lowest pairs = lowest(*device, diagonal, 3);
+  CHECK(pairs.values == std::vector<double>{0, 1, 2});
+  CHECK(orthogonalityError(lowest(*device, Dense(9, 9), 4).vectors) < 1e-14);
+}
+
+TEST_CASE("an order above the blocked code's crossover, with the spectrum of a harsh omega") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  const int64_t n = 601, count = 9;
+  Dense matrix(n, n), directions = randomMatrix(n, 40, random);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < 40; ++k) directions(i, k) *= std::pow(10.0, -0.15 * static_cast<double>(k));
+  }
+  const Dense displaced = product(directions, transpose(directions));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) matrix(i, j) = static_cast<double>(-1e-3L * displaced(i, j));
+    matrix(i, i) += std::pow(10.0, 2 - 8.0 * static_cast<double>(i) / n);
+  }
+  const Lowest pairs = lowest(*device, matrix, count);
+  CHECK(orthogonalityError(pairs.vectors) < 1e-12);
+  CHECK(residual(matrix, pairs) < 1e-13);
+  CHECK(std::is_sorted(pairs.values.begin(), pairs.values.end()));
+}
+
+TEST_CASE("the same matrix gives the same bits") {
+  const auto device = cpuDevice(DType::f32);
+  std::mt19937_64 random(freshSeed());
+  const Dense matrix = positiveDefinite(131, random);
+  const Lowest first = lowest(*device, matrix, 9), second = lowest(*device, matrix, 9);
+  CHECK(first.values == second.values);
+  CHECK(first.vectors.data == second.vectors.data);
+}

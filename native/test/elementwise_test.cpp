@@ -1,0 +1,450 @@
+// Elementwise operations and their gradients against float64, in both compute types, on widths that are no multiple of a vector.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels/kernels.h"
+#include "test_device.h"
+
+using namespace lora_da;
+using namespace lora_da::test;
+
+namespace {
+
+constexpr DType types[] = {DType::f32, DType::bf16};
+constexpr int64_t widths[] = {1, 3, 16, 37, 64, 130, 576};
+
+std::vector<float> randomFloats(size_t count, std::mt19937_64& random, double mean = 0, double scale = 1) {
+  std::normal_distribution<double> normal(mean, scale);
+  std::vector<float> values(count);
+  for (float& v : values) v = static_cast<float>(normal(random));
+  return values;
+}
+
+std::string describe(uint64_t seed, DType type, int64_t width) {
+  return "seed " + std::to_string(seed) + ", " + nameOf(type) + ", width " + std::to_string(width);
+}
+
+// The last row and column beyond the view must not be touched.
+bool marginUntouched(const TestMatrix& m, const std::vector<double>& before) {
+  for (int64_t i = 0; i < m.view.rows; ++i) {
+    for (int64_t j = m.view.cols; j < m.view.stride; ++j) {
+      const size_t at = static_cast<size_t>(i * m.view.stride + j);
+      const double now = m.view.dtype == DType::bf16 ? bf16ToFloat(m.bf16[at]) : m.f32[at];
+      if (now != before[at]) return false;
+    }
+  }
+  return true;
+}
+
+double meanSquare(const std::function<double(int64_t)>& x, int64_t width) {
+  double sum = 0;
+  for (int64_t j = 0; j < width; ++j) sum += x(j) * x(j);
+  return sum / static_cast<double>(width);
+}
+
+// The gradient of y = x rstd weight with respect to x, for one row.
+std::vector<double> normGrad(const std::function<double(int64_t)>& x, const std::function<double(int64_t)>& weight,
+                             const std::function<double(int64_t)>& dy, int64_t width, double epsilon) {
+  const double rstd = 1 / std::sqrt(meanSquare(x, width) + epsilon);
+  double mean = 0;
+  for (int64_t j = 0; j < width; ++j) mean += dy(j) * weight(j) * x(j) * rstd / static_cast<double>(width);
+  std::vector<double> dx(static_cast<size_t>(width));
+  for (int64_t j = 0; j < width; ++j) dx[static_cast<size_t>(j)] = rstd * (dy(j) * weight(j) - x(j) * rstd * mean);
+  return dx;
+}
+
+}  // namespace
+
+TEST_CASE("rmsNorm adds the residual, normalizes and keeps rstd") {
+  constexpr float epsilon = 1e-5f;
+  for (DType type : types) {
+    const auto device = cpuDevice(type);
+    for (DType residualType : {type, DType::f32}) {
+      for (int64_t width : widths) {
+        const uint64_t seed = freshSeed();
+        INFO(describe(seed, type, width));
+        std::mt19937_64 random(seed);
+        TestMatrix x(DType::f32, 5, width, 2), residual(residualType, 5, width, 1), y(type, 5, width, 3);
+        x.randomize(random);
+        residual.randomize(random);
+        y.randomize(random);
+        const std::vector<float> weight = randomFloats(static_cast<size_t>(width), random, 1);
+        std::vector<float> rstd(5);
+        const auto sum = [&](int64_t i, int64_t j) { return x.exactAt(i, j) + residual.exactAt(i, j); };
+        const auto rstdOf = [&](int64_t i) {
+          return 1 / std::sqrt(meanSquare([&](int64_t j) { return sum(i, j); }, width) + static_cast<double>(epsilon));
+        };
+        device->rmsNorm(x.view, &residual.view, weight.data(), epsilon, x.view, y.view, rstd.data());
+        CHECK(relativeError(x, sum) < 1e-7);
+        const auto expected = [&](int64_t i, int64_t j) { return sum(i, j) * rstdOf(i) * weight[static_cast<size_t>(j)]; };
+        CHECK(relativeError(y, expected) < tolerance(type));
+        for (int64_t i = 0; i < 5; ++i) CHECK(rstd[static_cast<size_t>(i)] == doctest::Approx(rstdOf(i)).epsilon(1e-6));
+        CHECK(marginUntouched(y, y.exact));
+        CHECK(marginUntouched(x, x.exact));
+
+        TestMatrix again(type, 5, width);
+        device->rmsNormApply(x.view, rstd.data(), weight.data(), again.view);
+        CHECK(relativeError(again, [&](int64_t i, int64_t j) { return y.at(i, j); }) == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("rmsNorm without a residual leaves the sum alone") {
+  for (DType type : types) {
+    const auto device = cpuDevice(type);
+    const uint64_t seed = freshSeed();
+    INFO(describe(seed, type, 37));
+    std::mt19937_64 random(seed);
+    TestMatrix x(DType::f32, 3, 37), sum(DType::f32, 3, 37), y(type, 3, 37);
+    x.randomize(random);
+    const std::vector<float> weight = randomFloats(37, random, 1);
+    std::vector<float> rstd(3);
+    device->rmsNorm(x.view, nullptr, weight.data(), 1e-6f, sum.view, y.view, rstd.data());
+    CHECK(std::all_of(sum.f32.begin(), sum.f32.end(), [](float v) { return v == 0; }));
+    CHECK(relativeError(y, [&](int64_t i, int64_t j) {
+            return x.exactAt(i, j) / std::sqrt(meanSquare([&](int64_t c) { return x.exactAt(i, c); }, 37) + 1e-6) *
+                   weight[static_cast<size_t>(j)];
+          }) < tolerance(type));
+  }
+}
+
+TEST_CASE("rmsNormGrad accumulates the analytic gradient") {
+  const auto device = cpuDevice(DType::f32);
+  for (int64_t width : widths) {
+    if (width == 1) continue;  // the gradient is 0 but for epsilon
+    const uint64_t seed = freshSeed();
+    INFO(describe(seed, DType::f32, width));
+    std::mt19937_64 random(seed);
+    TestMatrix x(DType::f32, 4, width, 1), dy(DType::f32, 4, width), dx(DType::f32, 4, width, 2);
+    x.randomize(random, 3);
+    dy.randomize(random);
+    dx.randomize(random);
+    const std::vector<float> weight = randomFloats(static_cast<size_t>(width), random, 1);
+    std::vector<float> rstd(4);
+    for (int64_t i = 0; i < 4; ++i) {
+      rstd[static_cast<size_t>(i)] =
+          static_cast<float>(1 / std::sqrt(meanSquare([&](int64_t j) { return x.exactAt(i, j); }, width) + 1e-5));
+    }
+    device->rmsNormGrad(x.view, rstd.data(), weight.data(), dy.view, dx.view);
+    std::vector<std::vector<double>> expected;
+    for (int64_t i = 0; i < 4; ++i) {
+      expected.push_back(normGrad([&](int64_t j) { return x.exactAt(i, j); }, [&](int64_t j) { return weight[static_cast<size_t>(j)]; },
+                                  [&](int64_t j) { return dy.exactAt(i, j); }, width, 1e-5));
+    }
+    CHECK(relativeError(dx, [&](int64_t i, int64_t j) {
+            return dx.exactAt(i, j) + expected[static_cast<size_t>(i)][static_cast<size_t>(j)];
+          }) < tolerance(DType::f32));
+  }
+}
+
+TEST_CASE("rope and its gradient, with and without a norm over each head") {
+  struct Head {
+    int32_t heads, headDim;
+    int64_t pairs;
+  };
+  for (DType type : types) {
+    const auto device = cpuDevice(type);
+    for (const Head& head : {Head{3, 12, 6}, Head{2, 16, 8}, Head{2, 20, 10}, Head{9, 64, 32}, Head{2, 96, 48}, Head{1, 128, 64}, Head{2, 80, 16}, Head{1, 7, 2}}) {
+      for (bool withNorm : {false, true}) {
+        const uint64_t seed = freshSeed();
+        INFO(describe(seed, type, head.headDim), withNorm ? ", norm" : "");
+        std::mt19937_64 random(seed);
+        constexpr int64_t rows = 5;
+        const int64_t cols = head.heads * head.headDim, pairs = head.pairs;
+        TestMatrix in(type, rows, cols, 7), out(type, rows, cols, 1), d(type, rows, cols, 2);
+        in.randomize(random, 2);
+        d.randomize(random);
+        const std::vector<float> weight = randomFloats(static_cast<size_t>(head.headDim), random, 1, 0.3);
+        std::vector<float> cos(static_cast<size_t>(10 * pairs)), sin(cos.size());
+        for (size_t i = 0; i < cos.size(); ++i) {
+          const double angle = std::uniform_real_distribution<double>(0, 6.28)(random);
+          cos[i] = static_cast<float>(std::cos(angle));
+          sin[i] = static_cast<float>(std::sin(angle));
+        }
+        const std::vector<int32_t> positions = {0, 9, 3, 0, 1};
+        HeadNorm norm;
+        if (withNorm) norm = {weight.data(), 1e-6f};
+        const Rotary rotary{cos.data(), sin.data(), pairs};
+        std::vector<float> rstd(static_cast<size_t>(rows * head.heads));
+
+        const auto rstdOf = [&](int64_t i, int64_t h) {
+          return 1 / std::sqrt(meanSquare([&](int64_t e) { return in.exactAt(i, h * head.headDim + e); }, head.headDim) + 1e-6);
+        };
+        const auto normalized = [&](int64_t i, int64_t h, int64_t e) {
+          const double x = in.exactAt(i, h * head.headDim + e);
+          return withNorm ? x * rstdOf(i, h) * weight[static_cast<size_t>(e)] : x;
+        };
+        // Element e of the pair's rotation; `direction` -1 turns back.
+        const auto rotated = [&](const auto& x, int64_t i, int64_t e, double direction) {
+          if (e >= 2 * pairs) return x(e);
+          const size_t at = static_cast<size_t>(positions[static_cast<size_t>(i)] * pairs + e % pairs);
+          return e < pairs ? x(e) * cos[at] - direction * sin[at] * x(e + pairs) : x(e) * cos[at] + direction * sin[at] * x(e - pairs);
+        };
+        const auto expected = [&](int64_t i, int64_t col) {
+          const int64_t h = col / head.headDim;
+          return rotated([&](int64_t e) { return normalized(i, h, e); }, i, col % head.headDim, 1);
+        };
+        device->rope(in.view, head.heads, head.headDim, norm, rotary, positions.data(), out.view, rstd.data());
+        CHECK(relativeError(out, expected) < tolerance(type));
+
+        std::vector<std::vector<double>> gradient(static_cast<size_t>(rows * head.heads));
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t h = 0; h < head.heads; ++h) {
+            std::vector<double> back(static_cast<size_t>(head.headDim));
+            for (int64_t e = 0; e < head.headDim; ++e) {
+              back[static_cast<size_t>(e)] = rotated([&](int64_t f) { return d.exactAt(i, h * head.headDim + f); }, i, e, -1);
+            }
+            if (withNorm) {
+              back = normGrad([&](int64_t e) { return in.exactAt(i, h * head.headDim + e); },
+                              [&](int64_t e) { return weight[static_cast<size_t>(e)]; },
+                              [&](int64_t e) { return back[static_cast<size_t>(e)]; }, head.headDim, 1e-6);
+              CHECK(rstd[static_cast<size_t>(i * head.heads + h)] == doctest::Approx(rstdOf(i, h)).epsilon(1e-6));
+            }
+            gradient[static_cast<size_t>(i * head.heads + h)] = back;
+          }
+        }
+        device->ropeGrad(d.view, in.view, head.heads, head.headDim, norm, rotary, positions.data(), rstd.data());
+        CHECK(relativeError(d, [&](int64_t i, int64_t col) {
+                return gradient[static_cast<size_t>(i * head.heads + col / head.headDim)][static_cast<size_t>(col % head.headDim)];
+              }) < tolerance(type));
+
+        if (!withNorm) {
+          device->rope(in.view, head.heads, head.headDim, norm, rotary, positions.data(), in.view, nullptr);
+          CHECK(relativeError(in, [&](int64_t i, int64_t col) { return out.at(i, col); }) == 0);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("gated MLP and its gradient for each activation") {
+  struct Function {
+    Activation activation;
+    double (*value)(double);
+    double (*slope)(double);
+  };
+  constexpr double root = 0.79788456080286535588;  // sqrt(2/pi)
+  const Function functions[] = {
+      {Activation::silu, [](double x) { return x / (1 + std::exp(-x)); },
+       [](double x) {
+         const double s = 1 / (1 + std::exp(-x));
+         return s * (1 + x * (1 - s));
+       }},
+      {Activation::geluTanh, [](double x) { return 0.5 * x * (1 + std::tanh(root * (x + 0.044715 * x * x * x))); },
+       [](double x) {
+         const double t = std::tanh(root * (x + 0.044715 * x * x * x));
+         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x);
+       }},
+      {Activation::gelu, [](double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); },
+       [](double x) { return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-0.5 * x * x) * root / 2; }},
+  };
+  for (DType type : types) {
+    const auto device = cpuDevice(type);
+    for (const Function& function : functions) {
+      for (int64_t width : widths) {
+        // Wide values reach both tails; enough of them that not all lie in the lower one, where nothing is left.
+        for (double scale : {1.0, 30.0}) {
+          if (scale > 1 && width < 37) continue;
+          const uint64_t seed = freshSeed();
+          INFO(describe(seed, type, width), ", activation ", static_cast<int>(function.activation), ", scale ", scale);
+          std::mt19937_64 random(seed);
+          TestMatrix gateUp(type, 3, 2 * width, 1), h(type, 3, width, 4), dh(type, 3, width);
+          gateUp.randomize(random, scale);
+          dh.randomize(random);
+          const auto gate = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, j); };
+          const auto up = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, width + j); };
+          device->gatedMlp(gateUp.view, function.activation, h.view);
+          CHECK(relativeError(h, [&](int64_t i, int64_t j) { return function.value(gate(i, j)) * up(i, j); }) < tolerance(type));
+          device->gatedMlpGrad(gateUp.view, function.activation, dh.view);
+          CHECK(relativeError(gateUp, [&](int64_t i, int64_t j) {
+                  return j < width ? dh.exactAt(i, j) * up(i, j) * function.slope(gate(i, j))
+                                   : dh.exactAt(i, j - width) * function.value(gate(i, j - width));
+                }) < tolerance(type));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("activations of infinite and not-a-number inputs are not made finite") {
+  const auto device = cpuDevice(DType::f32);
+  for (Activation activation : {Activation::silu, Activation::geluTanh, Activation::gelu}) {
+    TestMatrix gateUp(DType::f32, 1, 6), h(DType::f32, 1, 3);
+    gateUp.f32 = {std::nanf(""), INFINITY, 1.0f, 1.0f, 1.0f, std::nanf("")};
+    device->gatedMlp(gateUp.view, activation, h.view);
+    CHECK(std::isnan(h.f32[0]));
+    CHECK(!std::isfinite(h.f32[1]));
+    CHECK(std::isnan(h.f32[2]));
+  }
+}
+
+TEST_CASE("squareSum adds the squares of each column") {
+  for (DType type : types) {
+    const auto device = cpuDevice(type);
+    for (int64_t width : widths) {
+      for (int64_t rows : {1, 16, 65, 1000}) {
+        const uint64_t seed = freshSeed();
+        INFO(describe(seed, type, width), ", rows ", rows);
+        std::mt19937_64 random(seed);
+        TestMatrix x(type, rows, width, 5);
+        x.randomize(random, 1e-4);
+        std::vector<double> sums(static_cast<size_t>(width + 1), 0.25);
+        device->squareSum(x.view, sums.data());
+        for (int64_t j = 0; j < width; ++j) {
+          double expected = 0;
+          for (int64_t i = 0; i < rows; ++i) expected += x.exactAt(i, j) * x.exactAt(i, j);
+          CHECK(sums[static_cast<size_t>(j)] - 0.25 == doctest::Approx(expected).epsilon(1e-6));
+        }
+        CHECK(sums[static_cast<size_t>(width)] == 0.25);
+      }
+    }
+  }
+}
+
+TEST_CASE("embed looks rows up and scales them") {
+  for (DType type : types) {
+    const auto device = cpuDevice(type);
+    const uint64_t seed = freshSeed();
+    INFO(describe(seed, type, 37));
+    std::mt19937_64 random(seed);
+    TestMatrix table(type, 11, 37);
+    table.randomize(random);
+    HostTensor tensor;
+    tensor.name = "embed";
+    tensor.data = table.view.data;
+    tensor.dtype = type;
+    tensor.rows = 11;
+    tensor.cols = 37;
+    const auto weight = device->prepare({tensor}, {false, false, true});
+    const std::vector<int32_t> ids = {10, 0, 3, 3};
+    for (float scale : {1.0f, 24.5f}) {
+      TestMatrix x(DType::f32, 4, 37, 3);
+      device->embed(ids.data(), *weight, scale, x.view);
+      CHECK(relativeError(x, [&](int64_t i, int64_t j) {
+              return static_cast<double>(scale) * table.exactAt(ids[static_cast<size_t>(i)], j);
+            }) < 1e-7);
+    }
+  }
+}
+
+TEST_CASE("rows are gathered and scattered by index") {
+  const auto device = cpuDevice(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO(describe(seed, DType::f32, 37));
+  std::mt19937_64 random(seed);
+  TestMatrix x(DType::f32, 9, 37, 1), y(DType::f32, 4, 37, 2), back(DType::f32, 9, 37, 3);
+  x.randomize(random);
+  back.randomize(random);
+  const std::vector<int32_t> index = {8, 0, 5, 2};
+  device->gatherRows(x.view, index.data(), y.view);
+  CHECK(relativeError(y, [&](int64_t i, int64_t j) { return x.exactAt(index[static_cast<size_t>(i)], j); }) == 0);
+  device->scatterAddRows(y.view, index.data(), back.view);
+  CHECK(relativeError(back, [&](int64_t i, int64_t j) {
+          const bool hit = std::find(index.begin(), index.end(), static_cast<int32_t>(i)) != index.end();
+          return back.exactAt(i, j) + (hit ? x.exactAt(i, j) : 0);
+        }) < 1e-7);
+}
+
+TEST_CASE("conversion to bfloat16 rounds to nearest even and keeps NaN and infinity") {
+  const auto device = cpuDevice(DType::bf16);
+  std::mt19937_64 random(freshSeed());
+  const int64_t count = 3001;
+  TestMatrix x(DType::f32, 1, count), y(DType::bf16, 1, count), z(DType::f32, 1, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(random());  // any float32 at all
+    std::memcpy(&x.f32[static_cast<size_t>(i)], &bits, sizeof bits);
+  }
+  const uint32_t hard[] = {0x7fffffffu, 0xffffffffu, 0x7f800000u, 0xff800000u, 0x7f7fffffu, 0x3f808000u, 0x3f818000u, 0x00000001u, 0x80000000u};
+  std::memcpy(x.f32.data() + 100, hard, sizeof hard);
+  device->convert(x.view, y.view);
+  device->convert(y.view, z.view);
+  bool same = true, back = true;
+  for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+    same = same && (std::isnan(x.f32[i]) ? std::isnan(bf16ToFloat(y.bf16[i])) : y.bf16[i] == floatToBf16(x.f32[i]));
+    back = back && (std::isnan(z.f32[i]) ? std::isnan(x.f32[i]) : z.f32[i] == bf16ToFloat(y.bf16[i]));
+  }
+  CHECK(same);
+  CHECK(back);
+}
+
+TEST_CASE("conversion works on views") {
+  for (DType type : types) {
+    const auto device = cpuDevice(type);
+    const uint64_t seed = freshSeed();
+    INFO(describe(seed, type, 21));
+    std::mt19937_64 random(seed);
+    TestMatrix x(DType::f32, 6, 30), y(type, 6, 40);
+    x.randomize(random);
+    y.randomize(random);
+    device->convert(x.view.columns(4, 21), y.view.columns(9, 21));
+    CHECK(relativeError(y, [&](int64_t i, int64_t j) {
+            const bool inside = j >= 9 && j < 30;
+            return inside ? (type == DType::bf16 ? bf16ToFloat(floatToBf16(x.f32[static_cast<size_t>(i * 30 + j - 5)])) : x.exactAt(i, j - 5))
+                          : y.exactAt(i, j);
+          }) == 0);
+  }
+}
+
+TEST_CASE("the cross-entropy kernel gives each row's loss and gradient") {
+  for (DType type : types) {
+    const auto& typed = type == DType::bf16 ? cpu::kernels().bf16 : cpu::kernels().f32;
+    for (int64_t vocabulary : {2, 17, 2048, 2049, 5003, 49152}) {
+      for (double scale : {1.0, 40.0}) {
+        const uint64_t seed = freshSeed();
+        INFO(describe(seed, type, vocabulary), ", scale ", scale);
+        std::mt19937_64 random(seed);
+        const std::vector<float> logits = randomFloats(static_cast<size_t>(vocabulary), random, 3, scale);
+        const int32_t target = static_cast<int32_t>(random() % static_cast<uint64_t>(vocabulary));
+        const double largest = *std::max_element(logits.begin(), logits.end());
+        double sum = 0;
+        for (float v : logits) sum += std::exp(static_cast<double>(v) - largest);
+        const double loss = std::log(sum) + largest - static_cast<double>(logits[static_cast<size_t>(target)]);
+        TestMatrix gradient(type, 1, vocabulary);
+        const float actual = typed.crossEntropy(logits.data(), target, 0.5f, gradient.view.data, vocabulary);
+        CHECK(static_cast<double>(actual) == doctest::Approx(loss).epsilon(1e-6));
+        CHECK(typed.crossEntropy(logits.data(), target, 0.5f, nullptr, vocabulary) == actual);
+        const auto expected = [&](int64_t j) {
+          return 0.5 * (std::exp(static_cast<double>(logits[static_cast<size_t>(j)]) - largest) / sum - (j == target));
+        };
+        CHECK(std::abs(gradient.at(0, target) - expected(target)) < tolerance(type));
+        gradient.set(target, 0);
+        CHECK(relativeError(gradient, [&](int64_t, int64_t j) { return j == target ? 0 : expected(j); }) < tolerance(type));
+      }
+    }
+  }
+}
+
+TEST_CASE("a NaN logit makes the loss NaN") {
+  std::vector<float> logits(100, 0.0f);
+  logits[57] = std::nanf("");
+  CHECK(std::isnan(cpu::kernels().f32.crossEntropy(logits.data(), 3, 1.0f, nullptr, 100)));
+}
+
+TEST_CASE("LORA_DA_ISA chooses the kernels") {
+  const char* wanted = std::getenv("LORA_DA_ISA");
+  if (wanted) CHECK(std::string(cpu::kernels().isa) == wanted);
+}
+
+TEST_CASE("memory is aligned and a hopeless request is refused by purpose and size") {
+  const auto device = cpuDevice(DType::f32);
+  for (size_t bytes : {size_t{0}, size_t{1}, size_t{100}, size_t{5} << 20}) {
+    const Buffer buffer = device->allocate(bytes, "test");
+    CHECK(reinterpret_cast<uintptr_t>(buffer.get()) % 64 == 0);
+  }
+  std::string message;
+  try {
+    device->allocate(~size_t{0} / 2, "activations");
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  CHECK(message.find("activations") != std::string::npos);
+  CHECK(message.find(std::to_string(~size_t{0} / 2)) != std::string::npos);
+}
