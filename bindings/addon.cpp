@@ -18,7 +18,8 @@ Napi::Value info(const Napi::CallbackInfo& call) {
   const Napi::Env env = call.Env();
   auto libraries = Napi::Object::New(env);
   const dnnl_version_t* version = dnnl_version();
-  libraries.Set("oneDNN", std::to_string(version->major) + "." + std::to_string(version->minor) + "." + std::to_string(version->patch));
+  libraries.Set("oneDNN",
+                std::to_string(version->major) + "." + std::to_string(version->minor) + "." + std::to_string(version->patch));
   libraries.Set("OpenBLAS", openblas_get_config());
 
   auto cpu = Napi::Object::New(env);
@@ -62,6 +63,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 
 }  // namespace lora_da::bindings
 
-static Napi::Object initializeAddon(Napi::Env env, Napi::Object exports) { return lora_da::bindings::init(env, exports); }
+static Napi::Object initializeAddon(Napi::Env env, Napi::Object exports) {
+  return lora_da::bindings::init(env, exports);
+}
 
 NODE_API_MODULE(lora_da, initializeAddon)

@@ -7,14 +7,24 @@
 
 namespace lora_da::bindings {
 
-double number(const Napi::Object& object, const char* key) { return object.Get(key).ToNumber().DoubleValue(); }
-int64_t integer(const Napi::Object& object, const char* key) { return object.Get(key).ToNumber().Int64Value(); }
-bool boolean(const Napi::Object& object, const char* key) { return object.Get(key).ToBoolean().Value(); }
-std::string text(const Napi::Object& object, const char* key) { return object.Get(key).ToString().Utf8Value(); }
+double number(const Napi::Object& object, const char* key) {
+  return object.Get(key).ToNumber().DoubleValue();
+}
+int64_t integer(const Napi::Object& object, const char* key) {
+  return object.Get(key).ToNumber().Int64Value();
+}
+bool boolean(const Napi::Object& object, const char* key) {
+  return object.Get(key).ToBoolean().Value();
+}
+std::string text(const Napi::Object& object, const char* key) {
+  return object.Get(key).ToString().Utf8Value();
+}
 
 namespace {
 
-Napi::Object child(const Napi::Object& object, const char* key) { return object.Get(key).As<Napi::Object>(); }
+Napi::Object child(const Napi::Object& object, const char* key) {
+  return object.Get(key).As<Napi::Object>();
+}
 
 LinearSpec toLinear(const Napi::Object& object) {
   return {text(object, "name"), integer(object, "out"), integer(object, "in"), boolean(object, "bias")};
@@ -120,7 +130,9 @@ std::vector<std::string> toStrings(const Napi::Array& array) {
   return strings;
 }
 
-Recompute toRecompute(const std::string& name) { return name == "layer" ? Recompute::layer : Recompute::none; }
+Recompute toRecompute(const std::string& name) {
+  return name == "layer" ? Recompute::layer : Recompute::none;
+}
 
 StepOptions toStepOptions(const Napi::Object& object) {
   StepOptions options;
@@ -146,7 +158,9 @@ GenerateOptions toGenerateOptions(const Napi::Object& object) {
   return options;
 }
 
-TokenMask toTokenMask(const std::string& name) { return name == "labels" ? TokenMask::labels : TokenMask::attention; }
+TokenMask toTokenMask(const std::string& name) {
+  return name == "labels" ? TokenMask::labels : TokenMask::attention;
+}
 
 AdapterInitialization toInitialization(const Napi::Object& object) {
   AdapterInitialization initialization;

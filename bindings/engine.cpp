@@ -2,6 +2,18 @@
 
 namespace lora_da::bindings {
 
+Engine::Engine() : thread_([this] { loop(); }) {}
+
+Engine::~Engine() {
+  stop();
+}
+
+void Engine::release() {
+  std::unique_ptr<Decoder> last;  // freed outside the lock: it may take a while
+  const std::lock_guard<std::mutex> lock(mutex_);
+  last.swap(model);
+}
+
 void Engine::post(Task run, Task abandon) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -43,11 +55,7 @@ void Engine::loop() {
     }
     (abandoned ? entry.abandon : entry.run)();
   }
-  std::unique_ptr<Decoder> last;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    last = std::move(model);
-  }
+  release();
 }
 
 }  // namespace lora_da::bindings

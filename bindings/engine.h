@@ -1,5 +1,5 @@
-// The engine thread of one model: it owns the model, its device and the OpenMP team, and works off tasks in order. Nothing long ever
-// runs on Node's event loop or on libuv's pool.
+// The engine thread of one model: it owns the model, its device and the OpenMP team, and works off tasks in order. Nothing long
+// ever runs on Node's event loop or on libuv's pool.
 #pragma once
 
 #include <condition_variable>
@@ -17,8 +17,8 @@ class Engine {
  public:
   using Task = std::function<void()>;
 
-  Engine() : thread_([this] { loop(); }) {}
-  ~Engine() { stop(); }
+  Engine();
+  ~Engine();
   Engine(const Engine&) = delete;
 
   // Queues `run`; after a cancel() made before it starts, `abandon` runs in its place.
@@ -28,8 +28,10 @@ class Engine {
   // Cancels, frees the model on the engine thread and joins it.
   void stop();
 
-  // Engine thread only.
-  std::unique_ptr<Decoder> model;
+  // Engine thread: frees the model.
+  void release();
+
+  std::unique_ptr<Decoder> model;  // made, used and freed on the engine thread
 
  private:
   struct Entry {

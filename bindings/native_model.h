@@ -1,22 +1,14 @@
-// The JavaScript class over one model: every method queues work on the engine thread and returns a promise (types: lib/native.ts).
+// The JavaScript class over one model: every method queues work on the engine thread and returns a promise (types:
+// lib/native.ts).
 #pragma once
 
 #include <napi.h>
 
 #include <memory>
 
-#include "channel.h"
-#include "engine.h"
+#include "model_state.h"
 
 namespace lora_da::bindings {
-
-struct ModelState {
-  explicit ModelState(Napi::Env env) : channel(env) {}
-
-  Channel channel;
-  Engine engine;
-  bool disposed = false;  // JavaScript thread only
-};
 
 class NativeModel : public Napi::ObjectWrap<NativeModel> {
  public:
@@ -24,10 +16,15 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   // loadModel(options, onProgress) -> Promise<NativeModel>
   static Napi::Value load(const Napi::CallbackInfo& info);
 
-  explicit NativeModel(const Napi::CallbackInfo& info);
-  ~NativeModel() override;
+  explicit NativeModel(const Napi::CallbackInfo& info) : ObjectWrap(info) {}
 
  private:
+  // Runs work(model, state, call number) on the engine thread; it returns what makes the JavaScript result.
+  template <class Work>
+  Napi::Value queue(const Napi::CallbackInfo& info, const Napi::Value& callback, Work work);
+  template <class Work>
+  Napi::Value queue(const Napi::CallbackInfo& info, Work work);
+
   Napi::Value info(const Napi::CallbackInfo& info);
   Napi::Value addLora(const Napi::CallbackInfo& info);
   Napi::Value removeLora(const Napi::CallbackInfo& info);
@@ -46,7 +43,7 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   Napi::Value cancel(const Napi::CallbackInfo& info);
   Napi::Value dispose(const Napi::CallbackInfo& info);
 
-  std::shared_ptr<ModelState> state_;
+  std::unique_ptr<ModelState> state_;
   Napi::ObjectReference info_;
 };
 

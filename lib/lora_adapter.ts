@@ -1,3 +1,4 @@
+import { dirname, resolve } from 'node:path';
 import { type AdapterContent, loraScaling, writeAdapterFolder } from './adapter_folder';
 import { checkAborted, expected } from './arguments';
 import type { CausalLM } from './causal_lm';
@@ -16,6 +17,7 @@ import {
 import { type MergeOptions, mergeCheckpoint } from './merge';
 import type { NativeBatch, NativeFactors, NativeMoments } from './native';
 import { firstRows, packRows } from './packing';
+import { makeFolder } from './run_folder';
 
 /** What a {@link LoraAdapter} is made of. @internal */
 export interface LoraAdapterParts {
@@ -146,6 +148,7 @@ export class LoraAdapter {
    */
   async save(directory: string): Promise<void> {
     if (typeof directory !== 'string' || directory === '') throw expected('non-empty string', 'directory', directory);
+    await makeFolder(directory);
     await writeAdapterFolder(directory, this.#model.spec, await this.content());
   }
 
@@ -163,6 +166,7 @@ export class LoraAdapter {
   async merge(directory: string, options: MergeOptions = {}): Promise<void> {
     if (typeof directory !== 'string' || directory === '') throw expected('non-empty string', 'directory', directory);
     await this.#ready();
+    await makeFolder(dirname(resolve(directory)));
     const { checkpoint, native } = this.#model;
     await mergeCheckpoint(checkpoint, directory, this.modules, (module) => native.mergedWeight(module), options);
   }

@@ -34,13 +34,40 @@ export async function namesIn(folder: string): Promise<string[]> {
 }
 
 /**
+ * Makes a folder and those above it, one by one: Node's own `recursive` never returns where the system answers ENOENT for a
+ * folder whose parent exists (as /proc does).
+ *
+ * @returns the folders that were made, outermost first
+ * @throws {LoraDaError} `IO_ERROR`, `FILE_NOT_FOUND`: names the folder
+ */
+export async function makeFolder(folder: string): Promise<string[]> {
+  const missing: string[] = [];
+  for (let path = resolve(folder); !(await exists(path)); path = dirname(path)) missing.unshift(path);
+  for (const path of missing) {
+    await onDisk(folder, () =>
+      mkdir(path).catch((error) => {
+        if (error.code !== 'EEXIST') throw error;
+      }),
+    );
+  }
+  return missing;
+}
+
+async function exists(path: string): Promise<boolean> {
+  return stat(path).then(
+    () => true,
+    () => false,
+  );
+}
+
+/**
  * Makes sure, before the long work, that a folder can be written: makes it and a file in it, and takes both away again.
  *
  * @throws {LoraDaError} `IO_ERROR`, with path and reason
  */
 export async function checkWritable(folder: string): Promise<void> {
   await onDisk(folder, async () => {
-    const made = await mkdir(folder, { recursive: true });
+    const made = await makeFolder(folder);
     try {
       const probe = join(folder, `.lora-da-${process.pid}`);
       const handle = await open(probe, 'w');
@@ -51,14 +78,9 @@ export async function checkWritable(folder: string): Promise<void> {
         await rm(probe, { force: true });
       }
     } finally {
-      if (made) await removeEmpty(resolve(folder), resolve(made));
+      for (const path of made.reverse()) await rmdir(path).catch(() => {});
     }
   });
-}
-
-/** Removes the empty folders from `folder` up to `top`. */
-async function removeEmpty(folder: string, top: string): Promise<void> {
-  for (let path = folder; path.length >= top.length; path = dirname(path)) await rmdir(path).catch(() => {});
 }
 
 /** Whether a folder already holds a run or an adapter that a new run would overwrite. */

@@ -146,12 +146,20 @@ async function makeLibrary(json: Json, config: Json, file: string): Promise<Libr
   const { Tokenizer } = await import('@huggingface/tokenizers');
   for (const part of ['normalizer', 'pre_tokenizer', 'post_processor', 'decoder']) json[part] ??= null;
   try {
-    return new Tokenizer(json, config) as unknown as LibraryTokenizer;
+    const library = new Tokenizer(json, config) as unknown as LibraryTokenizer;
+    keepByteOrderMarks(library.decoder);
+    return library;
   } catch (error) {
     throw new LoraDaError('INVALID_FILE', `${file} is not a tokenizer that can be used: ${(error as Error).message}`, {
       cause: error,
     });
   }
+}
+
+/** Without this, a U+FEFF at the beginning of a run of byte tokens is lost: the library's byte-fallback decoder swallows it. */
+function keepByteOrderMarks(decoder: LibraryTokenizer['decoder']): void {
+  if (decoder?.text_decoder) decoder.text_decoder = new TextDecoder('utf-8', { ignoreBOM: true });
+  for (const part of decoder?.decoders ?? []) keepByteOrderMarks(part);
 }
 
 /** What the post-processor puts before and after a text. */

@@ -1,5 +1,4 @@
 import { EventEmitter } from 'node:events';
-import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { checkAborted, expected } from './arguments';
 import type { CausalLM, Evaluation } from './causal_lm';
@@ -12,7 +11,7 @@ import type { LoraAdapter } from './lora_adapter';
 import { type EvaluationMetrics, JsonLines, type StepMetrics } from './metrics';
 import type { NativeFactors, NativeStepResult } from './native';
 import { writeReport } from './report';
-import { checkRunFolder, onDisk, runFiles } from './run_folder';
+import { checkRunFolder, makeFolder, runFiles } from './run_folder';
 import { Sampler } from './sampler';
 import { learningRateAt, type Schedule, warmupStepsOf } from './schedule';
 import {
@@ -322,7 +321,7 @@ class Run {
   }
 
   async #openOutput(out: string, store: CheckpointStore, checkpoint: Checkpoint | undefined): Promise<void> {
-    await onDisk(store.folder, () => mkdir(store.folder, { recursive: true }));
+    await makeFolder(store.folder);
     await store.clean(checkpoint);
     const config = this.options.config ?? { ...this.trainer.training, out };
     await writeFileAtomically(join(out, runFiles.config), `${JSON.stringify(config, null, 2)}\n`);

@@ -141,7 +141,7 @@ export class CheckpointStore {
     await onDisk(path, async () => {
       try {
         await rm(aside, { recursive: true, force: true });
-        await mkdir(aside, { recursive: true });
+        await mkdir(aside);
         await fill(aside);
         await syncDirectory(aside);
         await this.#remove(name);

@@ -11,6 +11,7 @@ export interface LibraryTokenizer {
   normalizer: ((text: string) => string) | null;
   pre_tokenizer: ((text: string, options?: { section_index: number }) => string[]) | null;
   post_processor: ((tokens: string[], pair: null, addSpecial: boolean) => { tokens: string[] }) | null;
+  decoder: LibraryDecoder | null;
   model: ((tokens: string[]) => string[]) & {
     config: Record<string, unknown>;
     vocab: (string | undefined)[];
@@ -23,6 +24,11 @@ export interface LibraryTokenizer {
   splitter_normalized: { split(text: string): string[]; trie: object };
   remove_space: boolean | undefined;
   do_lowercase_and_remove_accent: boolean;
+}
+
+interface LibraryDecoder {
+  text_decoder?: InstanceType<typeof TextDecoder>;
+  decoders?: LibraryDecoder[];
 }
 
 /** How many pieces are remembered before the memory is emptied, and the longest one that is. */
@@ -42,7 +48,8 @@ type Cutter = 'spaces' | 'metaspaces' | 'none';
 /** Encodes text without special tokens, as the library does. */
 export class WordEncoder {
   private readonly pieces = new Map<string, number[]>();
-  private readonly cutter: Cutter;
+  /** Where text is cut. */
+  readonly cutter: Cutter;
   private readonly addedFirst: RegExp | undefined;
   private readonly hasNormalizedAdded: boolean;
 

@@ -1,13 +1,15 @@
 // Dense float64 algebra of the CPU device on LAPACK (OpenBLAS).
 //
-// LAPACK is column-major, our arrays are row-major, so LAPACK sees each array transposed. A symmetric matrix does not notice, except that
-// our lower triangle is its upper one ("U" below); a Cholesky factor L is seen as U = L^T with U^T U = L L^T; and the columns of its
-// eigenvectors are our rows. CBLAS knows of row-major arrays.
-// OpenBLAS' number of threads is set once, by the device's constructor. Its OpenMP build follows the calling thread's own setting.
+// LAPACK is column-major, our arrays are row-major, so LAPACK sees each array transposed. A symmetric matrix does not notice,
+// except that our lower triangle is its upper one ("U" below); a Cholesky factor L is seen as U = L^T with U^T U = L L^T; and the
+// columns of its eigenvectors are our rows. CBLAS knows of row-major arrays. OpenBLAS' number of threads is set once, by the
+// device's constructor. Its OpenMP build follows the calling thread's own setting.
 #include <cblas.h>
 #include <omp.h>
 
 #include <algorithm>
+#include <limits>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -41,10 +43,10 @@ void mirrorLower(double* a, int64_t n, int threads) {
   }
 }
 
-// LAPACK's factorizations and reductions meet at a barrier several times a column or block. Below this order two threads gain at most a
-// third of the time while they have the cores to themselves, and lose a factor of six and more when they do not: a reduction of order
-// 1536 took 0.2 s on one thread and 1.2 s on two of a busy machine, a Cholesky inverse 0.1 s and 0.2 to 3 s. Products and triangular
-// solves, which meet rarely, always use all threads.
+// LAPACK's factorizations and reductions meet at a barrier several times a column or block. Below this order two threads gain at
+// most a third of the time while they have the cores to themselves, and lose a factor of six and more when they do not: a
+// reduction of order 1536 took 0.2 s on one thread and 1.2 s on two of a busy machine, a Cholesky inverse 0.1 s and 0.2 to 3 s.
+// Products and triangular solves, which meet rarely, always use all threads.
 constexpr int64_t kThreadedOrder = 2048;
 
 class LapackThreads {
@@ -62,15 +64,44 @@ class LapackThreads {
 // LAPACK's blocked routines take panels of at most this many columns.
 constexpr size_t kLapackBlock = 64;
 
-// dstemr orders the two eigenvalues of a 2 x 2 matrix by magnitude (LAPACK 3.9 .. 3.11), so the smallest orders go through QR iteration.
-void tinyEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
-  const int order = static_cast<int>(n), workSize = 8;
-  double all[2], work[workSize];
-  int info = 0;
-  dsyev_("V", "L", &order, a, &order, all, work, &workSize, &info, 1, 1);
-  lapackSucceeded(info, "dsyev");
-  std::copy(all, all + count, values);
-  std::copy(a, a + count * n, vectors);
+// Inverse iteration leaves vectors whose eigenvalues are just too far apart to be reorthogonalized at an angle of about 1e-12
+// from a right one.
+void orthonormalize(double* vectors, int count, int n) {
+  for (int i = 0; i < count; ++i) {
+    double* row = vectors + static_cast<size_t>(i) * static_cast<size_t>(n);
+    for (const double* earlier = vectors; earlier < row; earlier += n)
+      cblas_daxpy(n, -cblas_ddot(n, row, 1, earlier, 1), earlier, 1, row, 1);
+    cblas_dscal(n, 1 / cblas_dnrm2(n, row, 1), row, 1);
+  }
+}
+
+// The `count` lowest eigenpairs of a tridiagonal matrix: eigenvalues by bisection, vectors [count, n] by inverse iteration with
+// reorthogonalization. LAPACK's newer dstemr is not used: it fails (info 22) on tight clusters such as those of glued Wilkinson
+// matrices, and takes the eigenvalue of smaller magnitude of a 2 x 2 matrix for the smaller one (OpenBLAS 0.3.21).
+void lowestTridiagonal(const double* diagonal, const double* offDiagonal, int n, int count, double* values, double* vectors) {
+  const size_t size = static_cast<size_t>(n), wanted = static_cast<size_t>(count);
+  std::vector<double> byBlock(size), found(wanted * size), work(5 * size);
+  std::vector<int> block(size), split(size), failed(wanted), integers(3 * size);
+  const int first = 1;
+  const double unused = 0, finest = 2 * std::numeric_limits<double>::min();
+  int matched = 0, splits = 0, info = 0;
+  dstebz_("I", "B", &n, &unused, &unused, &first, &count, &finest, diagonal, offDiagonal, &matched, &splits, byBlock.data(),
+          block.data(), split.data(), work.data(), integers.data(), &info, 1, 1);
+  lapackSucceeded(info, "dstebz");
+  lapackSucceeded(matched - count, "dstebz (eigenvalues too many)");
+  dstein_(&n, diagonal, offDiagonal, &count, byBlock.data(), block.data(), split.data(), found.data(), &n, work.data(),
+          integers.data(), failed.data(), &info);
+  lapackSucceeded(info, "dstein");
+
+  // They come block by block of a matrix that splits.
+  std::vector<size_t> order(wanted);
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return byBlock[x] < byBlock[y]; });
+  for (size_t i = 0; i < wanted; ++i) {
+    values[i] = byBlock[order[i]];
+    std::copy_n(found.begin() + static_cast<int64_t>(order[i] * size), size, vectors + i * size);
+  }
+  orthonormalize(vectors, count, n);
 }
 
 }  // namespace
@@ -108,32 +139,21 @@ void CpuDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double a
   mirrorLower(c, n, threads_);
 }
 
-// Householder reduction to tridiagonal form, the wanted eigenpairs of that by relatively robust representations (dstemr), and back.
+// Householder reduction to tridiagonal form, the wanted eigenpairs of that, and back.
 void CpuDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
   if (count < 1 || count > n) throw Error(code::invalidArgument, "lowestEigenpairs: count must lie between 1 and the order");
-  if (n <= 2) return tinyEigenpairs(a, n, count, values, vectors);
   const LapackThreads threads(n);
-  const int order = static_cast<int>(n), wanted = static_cast<int>(count), first = 1;
+  const int order = static_cast<int>(n), wanted = static_cast<int>(count);
   const size_t size = static_cast<size_t>(n);
-  std::vector<double> doubles(3 * size + std::max(18 * size, kLapackBlock * (size + static_cast<size_t>(count))));
-  double *diagonal = doubles.data(), *offDiagonal = diagonal + n, *tau = offDiagonal + n, *work = tau + n;
-  const int workSize = static_cast<int>(doubles.size() - 3 * size);
+  std::vector<double> diagonal(size), offDiagonal(size), tau(size),
+      work(kLapackBlock * (size + static_cast<size_t>(count) + kLapackBlock));
+  const int workSize = static_cast<int>(work.size());
   int info = 0;
-  dsytrd_("L", &order, a, &order, diagonal, offDiagonal, tau, work, &workSize, &info, 1);
+  dsytrd_("L", &order, a, &order, diagonal.data(), offDiagonal.data(), tau.data(), work.data(), &workSize, &info, 1);
   lapackSucceeded(info, "dsytrd");
-
-  std::vector<double> allValues(size);
-  std::vector<int> integers(10 * size), support(2 * static_cast<size_t>(count));
-  const int integerSize = static_cast<int>(integers.size());
-  const double unused = 0;
-  int found = 0, tryHighAccuracy = 1;
-  dstemr_("V", "I", &order, diagonal, offDiagonal, &unused, &unused, &first, &wanted, &found, allValues.data(), vectors, &order, &wanted,
-          support.data(), &tryHighAccuracy, work, &workSize, integers.data(), &integerSize, &info, 1, 1);
-  lapackSucceeded(info, "dstemr");
-  if (found != wanted) throw Error(code::internal, "LAPACK's dstemr found " + std::to_string(found) + " of " + std::to_string(wanted) + " eigenpairs");
-  dormtr_("L", "L", "N", &order, &wanted, a, &order, tau, vectors, &order, work, &workSize, &info, 1, 1, 1);
+  lowestTridiagonal(diagonal.data(), offDiagonal.data(), order, wanted, values, vectors);
+  dormtr_("L", "L", "N", &order, &wanted, a, &order, tau.data(), vectors, &order, work.data(), &workSize, &info, 1, 1, 1);
   lapackSucceeded(info, "dormtr");
-  std::copy(allValues.begin(), allValues.begin() + count, values);
 }
 
 }  // namespace lora_da::cpu

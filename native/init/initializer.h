@@ -1,5 +1,5 @@
-// The table of adapter initializations. A row says what statistics it needs and fills the factors of one module; a new method is one
-// more file with one more row in initializer.cpp.
+// The table of adapter initializations. A row says what statistics it needs and fills the factors of one module; a new method is
+// one more file with one more row in initializer.cpp.
 //
 // A caller walks the groups of modules that read the same input:
 //   InitializationWorkspace workspace(device);   InputMoment moment;
@@ -65,7 +65,8 @@ struct InitializerNeeds {
 struct Initializer {
   const char* name;
   InitializerNeeds needs;
-  void (*initialize)(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors, ModuleReport& report);
+  void (*initialize)(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
+                     ModuleReport& report);
 };
 
 const std::vector<Initializer>& initializers();

@@ -1,8 +1,8 @@
-// Scales. The diagonal of Z spans 1e-4 .. 1e4 in real models, which asks for equilibration, D Zd D with D = diag(Zd)^-1/2, before a
-// factorization. Cholesky's needs none: a diagonal scaling by powers of two changes only exponents, in the factor, in the triangular
-// solves and in the inverse, so the rounding errors are those of the equilibrated matrix already, and their size follows its condition
-// number (van der Sluis 1969; Higham, Accuracy and Stability of Numerical Algorithms, 2002, sec. 10.1). init_test.cpp asserts it bit by bit.
-// The damping is added in float64, where it is not lost below float32's rounding of Z.
+// Scales. The diagonal of Z spans 1e-4 .. 1e4 in real models, which asks for equilibration, D Zd D with D = diag(Zd)^-1/2, before
+// a factorization. Cholesky's needs none: a diagonal scaling by powers of two changes only exponents, in the factor, in the
+// triangular solves and in the inverse, so the rounding errors are those of the equilibrated matrix already, and their size
+// follows its condition number (van der Sluis 1969; Higham, Accuracy and Stability of Numerical Algorithms, 2002, sec. 10.1).
+// init_test.cpp asserts it bit by bit. The damping is added in float64, where it is not lost below float32's rounding of Z.
 #include "init/input_moment.h"
 
 #include <algorithm>
@@ -37,10 +37,10 @@ void fillDamped(const float* z, int64_t n, double damping, int64_t first, int64_
 [[noreturn]] void throwNotPositiveDefinite(const std::string& module, int64_t minor, int64_t in, double damping) {
   char text[64];
   std::snprintf(text, sizeof text, "%g", damping);
-  throw Error(code::notPositiveDefinite,
-              module + ": the input second moment Z + damping I is not positive definite with damping " + text +
-                  " (leading minor " + std::to_string(minor) + " of " + std::to_string(in) +
-                  "); set a larger damping, or use more samples so that Z has full rank");
+  throw Error(code::notPositiveDefinite, module +
+                                             ": the input second moment Z + damping I is not positive definite with damping " +
+                                             text + " (leading minor " + std::to_string(minor) + " of " + std::to_string(in) +
+                                             "); set a larger damping, or use more samples so that Z has full rank");
 }
 
 }  // namespace
@@ -60,9 +60,8 @@ const DampedMoment& InputMoment::damped(InitializationWorkspace& workspace, doub
 
   double* factor = factor_.reserve(device, n * n, "the factor of an input second moment");
   double* inverse = inverse_.reserve(device, n * n, "the inverse of an input second moment");
-  workspace.panels.write(factor, n, n, [&](int64_t first, int64_t last, double* panel) {
-    fillDamped(z_, n, damping, first, last, panel);
-  });
+  workspace.panels.write(factor, n, n,
+                         [&](int64_t first, int64_t last, double* panel) { fillDamped(z_, n, damping, first, last, panel); });
   const double norm = largestEigenvalue(workspace, factor, n, kConditionTolerance);
   const int64_t minor = device.choleskyFactor(factor, n);
   if (minor != 0) throwNotPositiveDefinite(module_, minor, n, damping);

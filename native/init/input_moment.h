@@ -1,5 +1,5 @@
-// The input second moment Z of a group of modules that read the same input (q, k, v; gate, up), and the work on it that those modules
-// share: it is factored and inverted once, at the first module that asks.
+// The input second moment Z of a group of modules that read the same input (q, k, v; gate, up), and the work on it that those
+// modules share: it is factored and inverted once, at the first module that asks.
 #pragma once
 
 #include <string>
@@ -18,8 +18,8 @@ struct DampedMoment {
 
 class InputMoment {
  public:
-  // Starts a new group; the buffers of the last one are used again. z [in, in], of which the lower triangle is read, is host memory that
-  // must outlive the group's modules; `module` names the group in errors.
+  // Starts a new group; the buffers of the last one are used again. z [in, in], of which the lower triangle is read, is host
+  // memory that must outlive the group's modules; `module` names the group in errors.
   void reset(const float* z, int64_t in, const std::string& module);
 
   const DampedMoment& damped(InitializationWorkspace& workspace, double damping);

@@ -1,5 +1,5 @@
-// Lanczos with full reorthogonalization (Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13). The basis lives on the host: it is
-// k x n for the few dozen steps k that are needed, and only matrix times vector runs on the device.
+// Lanczos with full reorthogonalization (Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13). The basis lives on the host:
+// it is k x n for the few dozen steps k that are needed, and only matrix times vector runs on the device.
 #include "init/lanczos.h"
 
 #include <cmath>
@@ -73,8 +73,8 @@ struct Ritz {
   double error = 0;  // bound on its distance from an eigenvalue
 };
 
-// The residual r of the largest Ritz pair bounds the error; once r is small beside the distance to the next Ritz value, so does r^2 over
-// that distance (Kato & Temple; Parlett, sec. 10.1).
+// The residual r of the largest Ritz pair bounds the error; once r is small beside the distance to the next Ritz value, so does
+// r^2 over that distance (Kato & Temple; Parlett, sec. 10.1).
 Ritz largestRitz(const std::vector<double>& diagonal, const std::vector<double>& offDiagonal, double beta) {
   std::vector<double> values = diagonal, lastRow;
   tridiagonalEigenvalues(values, offDiagonal, lastRow);

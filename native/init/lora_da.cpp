@@ -6,8 +6,8 @@
 //   omega = -biasWeight delta delta^T + varianceWeight (sum yinv / N) / sigma^2 Zd^-1
 //   A0    = eigenvectors of omega's `rank` smallest eigenvalues, B0 = A0^T delta,  A = A0^T / sqrt(gamma), B = B0^T / sqrt(gamma)
 //
-// sigma, the largest singular value of the undivided delta, scales omega as a whole: A0 does not depend on it, B0 does. Everything is
-// float64: ydiag and G may be 1e-9 and less, and the two terms of omega differ by many orders of magnitude.
+// sigma, the largest singular value of the undivided delta, scales omega as a whole: A0 does not depend on it, B0 does.
+// Everything is float64: ydiag and G may be 1e-9 and less, and the two terms of omega differ by many orders of magnitude.
 #include "init/lora_da.h"
 
 #include <algorithm>
@@ -21,6 +21,17 @@
 namespace lora_da {
 
 namespace {
+
+void requireUsable(const InitializationInput& input) {
+  if (input.rank > input.in) {
+    throw Error(code::invalidArgument, input.module + ": Expected rank of at most " + std::to_string(input.in) +
+                                           ", the module's input width, but received " + std::to_string(input.rank));
+  }
+  if (!(input.options.population > 0)) {
+    throw Error(code::invalidArgument,
+                "Expected positive number for population but received " + std::to_string(input.options.population));
+  }
+}
 
 constexpr double kSigmaTolerance = 1e-12;  // relative, of sigma^2
 
@@ -38,8 +49,9 @@ OutputWeights outputWeights(const InitializationInput& input) {
   for (int64_t i = 0; i < input.out; ++i) {
     const double damped = input.outputFactor[i] + damping;
     if (!(damped > 0)) {
-      throw Error(code::invalidArgument, input.module + ": output " + std::to_string(i) +
-                                             " has no gradient at all, so that ydiag cannot be inverted; set a positive outputDamping");
+      throw Error(code::invalidArgument,
+                  input.module + ": output " + std::to_string(i) +
+                      " has no gradient at all, so that ydiag cannot be inverted; set a positive outputDamping");
     }
     weights.yinv[i] = 1 / damped;
     weights.sum += weights.yinv[i];
@@ -63,7 +75,8 @@ double* solveDelta(const InitializationInput& input, const DampedMoment& moment,
     constexpr int64_t block = 16;  // a transposition: a block's rows of G and of the panel share cache lines
     for (int64_t row = first; row < last; row += block) {
       for (int64_t j = 0; j < out; ++j) {
-        for (int64_t i = row; i < std::min(last, row + block); ++i) panel[(i - first) * out + j] = -yinv[j] * input.gradient[j * in + i];
+        for (int64_t i = row; i < std::min(last, row + block); ++i)
+          panel[(i - first) * out + j] = -yinv[j] * input.gradient[j * in + i];
       }
     }
   });
@@ -72,12 +85,25 @@ double* solveDelta(const InitializationInput& input, const DampedMoment& moment,
 }
 
 // The largest singular value of delta, from the smaller of its Gram matrices; `outer` is delta delta^T.
-double largestSingularValue(const double* delta, int64_t in, int64_t out, const double* outer, InitializationWorkspace& workspace) {
+double largestSingularValue(const double* delta, int64_t in, int64_t out, const double* outer,
+                            InitializationWorkspace& workspace) {
   if (out >= in) return std::sqrt(largestEigenvalue(workspace, outer, in, kSigmaTolerance));
   double* inner = workspace.gram.reserve(workspace.device, out * out, "LoRA-DA's Gram matrix");
   const Matrix view = denseView(delta, in, out);
   workspace.device.matmul(Transpose::yes, view, Transpose::no, view, 1.0f, false, denseView(inner, out, out));
   return std::sqrt(largestEigenvalue(workspace, inner, out, kSigmaTolerance));
+}
+
+void requireDetermined(const InitializationInput& input, double sigma, double variance) {
+  if (!std::isfinite(sigma) || !std::isfinite(variance)) {
+    throw Error(code::nonFinite, input.module + ": delta leaves the range of float64; set a larger damping or outputDamping");
+  }
+  if (sigma == 0 && variance == 0) {
+    throw Error(code::invalidArgument,
+                input.module +
+                    ": the gradient is zero, so that without a variance term nothing determines the start; "
+                    "set a positive varianceWeight, or leave the module out");
+  }
 }
 
 // The sign of each row of vectors [count, n] for which its entry of largest magnitude is positive.
@@ -116,13 +142,11 @@ void readFactors(const InitializationInput& input, const double* vectors, const 
 
 }  // namespace
 
-void initializeLoraDa(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors, ModuleReport& report) {
+void initializeLoraDa(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
+                      ModuleReport& report) {
   const int64_t in = input.in, out = input.out, rank = input.rank;
   const InitializationOptions& options = input.options;
-  if (rank > in) {
-    throw Error(code::invalidArgument, input.module + ": Expected rank of at most " + std::to_string(in) +
-                                           ", the module's input width, but received " + std::to_string(rank));
-  }
+  requireUsable(input);
   Device& device = workspace.device;
   const OutputWeights weights = outputWeights(input);
   const DampedMoment& moment = input.inputMoment->damped(workspace, options.damping);
@@ -130,23 +154,26 @@ void initializeLoraDa(const InitializationInput& input, InitializationWorkspace&
 
   double* omega = workspace.omega.reserve(device, in * in, "LoRA-DA's omega");
   device.symmetricProduct(delta, in, out, 1, 0, omega);
-  double sigma = options.normalizeDelta ? largestSingularValue(delta, in, out, omega, workspace) : 1;
-  report.sigma = sigma;
-  if (sigma == 0) sigma = 1;  // no gradient: B is zero, and A follows the variance term, whose scale does not matter
-  const double variance = options.varianceWeight * (weights.sum / options.population) / (sigma * sigma);
-  workspace.panels.blend(omega, -options.biasWeight / (sigma * sigma), moment.inverse, variance, in, in);
+  const double sigma = options.normalizeDelta ? largestSingularValue(delta, in, out, omega, workspace) : 1;
+  // Without a gradient B is zero, and A follows the variance term, whose scale does not matter.
+  const double divisor = sigma > 0 ? sigma : 1;
+  const double variance = options.varianceWeight * (weights.sum / options.population) / (divisor * divisor);
+  requireDetermined(input, sigma, variance);
+  workspace.panels.blend(omega, -options.biasWeight / (divisor * divisor), moment.inverse, variance, in, in);
 
   const int64_t count = std::min(rank + 1, in);
   double* values = workspace.values.reserve(device, count, "LoRA-DA's eigenvalues");
   double* vectors = workspace.vectors.reserve(device, count * in, "LoRA-DA's eigenvectors");
   device.lowestEigenpairs(omega, in, count, values, vectors);
 
+  report = ModuleReport{};
   report.module = input.module;
+  report.sigma = sigma;
   report.conditionNumber = moment.conditionNumber;
   report.medianOutputOverDamping = weights.medianOverDamping;
   report.eigenvalues.resize(static_cast<size_t>(count));
   device.download(report.eigenvalues.data(), values, report.eigenvalues.size() * sizeof(double));
-  readFactors(input, vectors, delta, sigma, workspace, factors);
+  readFactors(input, vectors, delta, divisor, workspace, factors);
 
   // omega's largest eigenvalue is at most that of its variance term (Weyl), which costs nothing to know.
   const double largest = std::max(std::abs(report.eigenvalues.front()), variance * moment.inverseNorm);

@@ -5,6 +5,7 @@
 
 namespace lora_da {
 
-void initializeLoraDa(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors, ModuleReport& report);
+void initializeLoraDa(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
+                      ModuleReport& report);
 
 }  // namespace lora_da

@@ -1,7 +1,9 @@
-// kaiming     PEFT's default: A as the weight of a linear layer (He et al. 2015 with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in))),
+// kaiming     PEFT's default: A as the weight of a linear layer (He et al. 2015 with a = sqrt(5), which is U(-1/sqrt(in),
+// 1/sqrt(in))),
 //             B zero.
 // gaussian    init_lora_weights="gaussian": A normal with standard deviation 1/rank, B zero.
-// orthogonal  init_lora_weights="orthogonal" (https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation): A and B
+// orthogonal  init_lora_weights="orthogonal" (https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation): A and
+// B
 //             lie in complementary halves of an orthonormal basis of the rank space, so that B A = 0 though neither is zero.
 #include "init/plain.h"
 
@@ -59,7 +61,8 @@ void initializeGaussian(const InitializationInput& input, InitializationWorkspac
 void initializeOrthogonal(const InitializationInput& input, InitializationWorkspace&, Factors& factors, ModuleReport& report) {
   const int64_t rank = input.rank, half = rank / 2;
   if (rank % 2 != 0) {
-    throw Error(code::invalidArgument, "Expected even integer for rank with init orthogonal but received " + std::to_string(rank));
+    throw Error(code::invalidArgument,
+                "Expected even integer for rank with init orthogonal but received " + std::to_string(rank));
   }
   clear(input, factors, report);
   Random random(input.options.seed, input.module);

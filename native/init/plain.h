@@ -5,8 +5,11 @@
 
 namespace lora_da {
 
-void initializeKaiming(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors, ModuleReport& report);
-void initializeGaussian(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors, ModuleReport& report);
-void initializeOrthogonal(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors, ModuleReport& report);
+void initializeKaiming(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
+                       ModuleReport& report);
+void initializeGaussian(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
+                        ModuleReport& report);
+void initializeOrthogonal(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
+                          ModuleReport& report);
 
 }  // namespace lora_da

@@ -30,12 +30,15 @@ struct Lowest {
 };
 
 Lowest lowest(Device& device, const Dense& matrix, int64_t count) {
-  std::vector<double> a = matrix.toDouble(), values(static_cast<size_t>(count)), vectors(static_cast<size_t>(count * matrix.rows));
+  std::vector<double> a = matrix.toDouble(), values(static_cast<size_t>(count)),
+                      vectors(static_cast<size_t>(count * matrix.rows));
   device.lowestEigenpairs(a.data(), matrix.rows, count, values.data(), vectors.data());
   return {values, Dense(count, matrix.rows, vectors.data())};
 }
 
-double orthogonalityError(const Dense& vectors) { return difference(product(vectors, transpose(vectors)), identity(vectors.rows)); }
+double orthogonalityError(const Dense& vectors) {
+  return difference(product(vectors, transpose(vectors)), identity(vectors.rows));
+}
 
 double residual(const Dense& matrix, const Lowest& pairs) {
   Dense scaled = pairs.vectors;
@@ -131,11 +134,12 @@ TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
-  for (const auto& [n, count] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {2, 1}, {7, 7}, {33, 5}, {65, 9}}) {
+  for (const auto& [n, count] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {2, 1}, {2, 2}, {7, 7}, {33, 5}, {65, 9}}) {
     const Dense x = randomMatrix(n, n, random), matrix = sum(0.5L, x, 0.5L, transpose(x));
     const Eigenpairs expected = eigenpairs(matrix);
     const Lowest pairs = lowest(*device, matrix, count);
-    for (int64_t i = 0; i < count; ++i) CHECK(std::abs(pairs.values[i] - static_cast<double>(expected.values[i])) < 1e-13 * norm(matrix));
+    for (int64_t i = 0; i < count; ++i)
+      CHECK(std::abs(pairs.values[i] - static_cast<double>(expected.values[i])) < 1e-13 * norm(matrix));
     CHECK(orthogonalityError(pairs.vectors) < 1e-12);
     CHECK(residual(matrix, pairs) < 1e-13);
   }
@@ -158,6 +162,20 @@ TEST_CASE("eigenvectors of tight clusters are orthonormal") {
     CHECK(orthogonalityError(pairs.vectors) < 1e-12);
     CHECK(residual(matrix, pairs) < 1e-13);
     CHECK(std::is_sorted(pairs.values.begin(), pairs.values.end()));
+  }
+}
+
+TEST_CASE("eigenpairs of glued Wilkinson matrices, whose clusters are the tightest there are") {
+  const auto device = cpuDevice(DType::f32);
+  for (const int64_t n : {63, 145, 298}) {
+    Dense matrix(n, n);
+    for (int64_t i = 0; i < n; ++i) {
+      matrix(i, i) = static_cast<Real>(std::abs(i % 21 - 10));
+      if (i > 0) matrix(i, i - 1) = matrix(i - 1, i) = i % 21 == 0 ? 1e-12 : 1.0;
+    }
+    const Lowest pairs = lowest(*device, matrix, 17);
+    CHECK(orthogonalityError(pairs.vectors) < 1e-12);
+    CHECK(residual(matrix, pairs) < 1e-13);
   }
 }
 

@@ -416,7 +416,9 @@ TEST_CASE("the cross-entropy kernel gives each row's loss and gradient") {
         };
         CHECK(std::abs(gradient.at(0, target) - expected(target)) < tolerance(type));
         gradient.set(target, 0);
-        CHECK(relativeError(gradient, [&](int64_t, int64_t j) { return j == target ? 0 : expected(j); }) < tolerance(type));
+        // Differences of large logits carry float32's rounding into the exponent.
+        const double allowed = tolerance(type) + (scale > 1 ? 1e-5 : 0);
+        CHECK(relativeError(gradient, [&](int64_t, int64_t j) { return j == target ? 0 : expected(j); }) < allowed);
       }
     }
   }
@@ -439,6 +441,7 @@ TEST_CASE("memory is aligned and a hopeless request is refused by purpose and si
     const Buffer buffer = device->allocate(bytes, "test");
     CHECK(reinterpret_cast<uintptr_t>(buffer.get()) % 64 == 0);
   }
+#ifndef __SANITIZE_ADDRESS__  // its allocator ends the program instead
   std::string message;
   try {
     device->allocate(~size_t{0} / 2, "activations");
@@ -447,4 +450,5 @@ TEST_CASE("memory is aligned and a hopeless request is refused by purpose and si
   }
   CHECK(message.find("activations") != std::string::npos);
   CHECK(message.find(std::to_string(~size_t{0} / 2)) != std::string::npos);
+#endif
 }

@@ -58,11 +58,13 @@ struct Engine {
   InitializationWorkspace workspace{*device};
   InputMoment moment;
 
-  Result run(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options, const std::string& module = "layer.q") {
+  Result run(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options,
+             const std::string& module = "layer.q") {
     moment.reset(s.moment.data(), s.in, module);
     return runShared(name, s, rank, options, module);
   }
-  Result runShared(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options, const std::string& module) {
+  Result runShared(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options,
+                   const std::string& module) {
     InitializationInput input{module, s.out, s.in, rank, s.gradient.data(), &moment, s.outputFactor.data(), options};
     Result result;
     findInitializer(name).initialize(input, workspace, result.factors, result.report);
@@ -110,7 +112,8 @@ double productError(const Factors& factors, const Expected& expected, const Stat
   return difference(sum(gamma, product(b, a), 0, wanted), wanted) / norm(wanted);
 }
 
-void checkAgainstExpected(const Result& result, const Statistics& s, int64_t rank, const InitializationOptions& options, double tolerance) {
+void checkAgainstExpected(const Result& result, const Statistics& s, int64_t rank, const InitializationOptions& options,
+                          double tolerance) {
   const Expected expected = expectedLoraDa(s, rank, options);
   CHECK(rowSpaceDistance(expected.a0, Dense(rank, s.in, result.factors.a.data())) < tolerance);
   CHECK(productError(result.factors, expected, s, rank, options.gamma) < tolerance);
@@ -118,7 +121,8 @@ void checkAgainstExpected(const Result& result, const Statistics& s, int64_t ran
   CHECK(result.report.conditionNumber < 1.001 * expected.conditionNumber);
   CHECK(result.report.conditionNumber > 0.7 * expected.conditionNumber);
   const double largest = static_cast<double>(std::max(-expected.eigenvalues.front(), expected.eigenvalues.back()));
-  CHECK(std::abs(result.report.gap - static_cast<double>(expected.eigenvalues[rank] - expected.eigenvalues[rank - 1])) < 1e-9 * largest);
+  CHECK(std::abs(result.report.gap - static_cast<double>(expected.eigenvalues[rank] - expected.eigenvalues[rank - 1])) <
+        1e-9 * largest);
 }
 
 template <class Body>
@@ -131,7 +135,9 @@ std::pair<std::string, std::string> errorOf(Body body) {
   return {"", "no error"};
 }
 
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 }  // namespace
 
@@ -144,7 +150,8 @@ TEST_CASE("LoRA-DA agrees with extended precision") {
     const Statistics s = randomStatistics(out, in, 4 * in, random);
     InitializationOptions options = someOptions();
     checkAgainstExpected(engine.run("lora-da", s, 1, options), s, 1, options, 1e-5);
-    options.biasWeight = 2, options.gamma = 16, options.damping = 1e-2, options.varianceWeight = 0.5, options.outputDamping = 1e-4;
+    options.biasWeight = 2, options.gamma = 16, options.damping = 1e-2, options.varianceWeight = 0.5,
+    options.outputDamping = 1e-4;
     checkAgainstExpected(engine.run("lora-da", s, 4, options), s, 4, options, 1e-5);
     options.normalizeDelta = false;
     checkAgainstExpected(engine.run("lora-da", s, 4, options), s, 4, options, 1e-5);
@@ -216,7 +223,8 @@ TEST_CASE("scaling channels by powers of two changes no bit of a Cholesky soluti
   std::mt19937_64 random(freshSeed());
   const int64_t n = 150, m = 37;
   const Dense x = randomMatrix(n, n + 9, random);
-  std::vector<double> a = product(x, transpose(x)).toDouble(), b = randomMatrix(n, m, random).toDouble(), scaledA = a, scaledB = b;
+  std::vector<double> a = product(x, transpose(x)).toDouble(), b = randomMatrix(n, m, random).toDouble(), scaledA = a,
+                      scaledB = b;
   const auto scale = [](int64_t i) { return std::ldexp(1.0, static_cast<int>(i * 11 % 41) - 20); };
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) scaledA[i * n + j] *= scale(i) * scale(j);
@@ -234,6 +242,19 @@ TEST_CASE("scaling channels by powers of two changes no bit of a Cholesky soluti
   }
   CHECK(scaledB == b);
   CHECK(scaledA == a);
+}
+
+TEST_CASE("gradients and output factors near the end of float32's range lose nothing") {
+  Engine engine;
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  Statistics s = randomStatistics(17, 23, 92, random);
+  for (float& g : s.gradient) g *= 1e-30f;
+  for (double& y : s.outputFactor) y *= 1e-60;
+  InitializationOptions options = someOptions();
+  options.outputDamping = 1e-62;
+  checkAgainstExpected(engine.run("lora-da", s, 4, options), s, 4, options, 1e-5);
 }
 
 TEST_CASE("a singular Z without damping is refused by module, and says what to set") {
@@ -257,8 +278,8 @@ TEST_CASE("statistics that are not finite are refused by module and name") {
   badGradient.gradient[17] = std::numeric_limits<float>::quiet_NaN();
   badMoment.moment[5 * 12 + 2] = std::numeric_limits<float>::infinity();
   badOutput.outputFactor[3] = std::numeric_limits<double>::quiet_NaN();
-  for (const auto& [statistics, name] :
-       std::vector<std::pair<const Statistics*, const char*>>{{&badGradient, "gradient G"}, {&badMoment, "moment Z"}, {&badOutput, "ydiag"}}) {
+  for (const auto& [statistics, name] : std::vector<std::pair<const Statistics*, const char*>>{
+           {&badGradient, "gradient G"}, {&badMoment, "moment Z"}, {&badOutput, "ydiag"}}) {
     const auto [code, message] = errorOf([&, s = statistics] { engine.run("lora-da", *s, 2, someOptions(), "layer.up"); });
     CHECK(code == code::nonFinite);
     CHECK(contains(message, "layer.up"));
@@ -307,6 +328,26 @@ TEST_CASE("without a gradient B is zero and A follows the variance term") {
     for (int64_t i = 0; i < 12; ++i) top(k, i) = moment.vectors(11 - k, i);
   }
   CHECK(rowSpaceDistance(top, Dense(3, 12, result.factors.a.data())) < 1e-5);
+  CHECK(result.report.sigma == 0);
+}
+
+TEST_CASE("without a gradient and without a variance term there is nothing to start from") {
+  Engine engine;
+  std::mt19937_64 random(freshSeed());
+  Statistics s = randomStatistics(5, 12, 40, random);
+  std::fill(s.gradient.begin(), s.gradient.end(), 0.0f);
+  InitializationOptions options = someOptions();
+  options.varianceWeight = 0;
+  const auto [code, message] = errorOf([&] { engine.run("lora-da", s, 3, options, "layer.up"); });
+  CHECK(code == code::invalidArgument);
+  CHECK(contains(message, "layer.up: the gradient is zero"));
+}
+
+TEST_CASE("the population must be given") {
+  Engine engine;
+  std::mt19937_64 random(freshSeed());
+  const Statistics s = randomStatistics(5, 12, 40, random);
+  CHECK(contains(errorOf([&] { engine.run("lora-da", s, 3, {}); }).second, "positive number for population"));
 }
 
 TEST_CASE("Lanczos finds the largest eigenvalue to the tolerance") {

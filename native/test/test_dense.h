@@ -56,7 +56,9 @@ inline double norm(const Dense& a) {
   return static_cast<double>(std::sqrt(total));
 }
 
-inline double difference(const Dense& a, const Dense& b) { return norm(sum(1, a, -1, b)); }
+inline double difference(const Dense& a, const Dense& b) {
+  return norm(sum(1, a, -1, b));
+}
 
 inline Dense identity(int64_t n) {
   Dense eye(n, n);
@@ -145,7 +147,9 @@ inline Eigenpairs eigenpairs(Dense a) {
   return result;
 }
 
-inline Dense firstRows(const Dense& a, int64_t count) { return Dense(count, a.cols, a.data.data()); }
+inline Dense firstRows(const Dense& a, int64_t count) {
+  return Dense(count, a.cols, a.data.data());
+}
 
 // The sine of the largest angle between two row spaces, at most (Frobenius norm of what of b lies outside a).
 inline double rowSpaceDistance(const Dense& a, const Dense& b) {

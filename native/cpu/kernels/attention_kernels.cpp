@@ -4,10 +4,13 @@
 // backward:  P = exp(S - lse),  D = rowsum(do * o),  dS = P * (do v^T - D),
 //            dv = P^T do,  dk = scale dS^T q,  dq = scale dS k
 //
-// Everything is packed to float32 once, so that products are float32 whatever the compute type: q scaled by scale * log2(e), which turns
-// exponentials into powers of two; k (and for backward v) transposed in tiles of attentionTile keys, [tile][headDim][key]; the rest
-// [token][width], width = headDim padded with zeros to whole vectors. Query tiles have queryTile rows, worked on in blocks of
-// blockRows: the scores of a block stay in the nearest cache between the two products.
+// Everything is packed once per head: k (and for backward v) transposed in tiles of attentionTile keys, [tile][depth][key]; the rest in
+// float32, [token][width], width = headDim padded with zeros to whole vectors. Query tiles have queryTile rows, worked on in blocks of
+// blockRows: the scores of a block stay in the nearest cache between the two products. Exponentials are powers of two, of scores times
+// scale * log2(e).
+//
+// Products and sums are float32 whatever the compute type. Where the processor multiplies pairs of bfloat16 into a float32 sum, the
+// products of two inputs, q k^T and do v^T, use that: the factors are exact there too, and it is twice as fast.
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/vector.h"
 
@@ -33,36 +36,54 @@ KERNEL_INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 // --- products of tiles ---
 
 // A's element (i, d) is data[i * row + d * step].
+template <class Element>
 struct Left {
-  const float* data;
+  const Element* data;
   int64_t row;
   int64_t step;
 };
+template <class Element>
 struct Panel {
-  const float* data;
+  const Element* data;
   int64_t row;
 };
 
+KERNEL_INLINE Vec addProduct(Vec sum, float left, Vec right) { return sum + broadcast(left) * right; }
+
+#if defined(__AVX512BF16__)
+// Two neighbours of the summed dimension; lanes hold pairs too.
+struct Pair {
+  uint32_t bits;
+};
+KERNEL_INLINE Vec load(const Pair* p, Whole) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+KERNEL_INLINE Vec addProduct(Vec sum, Pair left, Vec right) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left.bits - VecBits{}), reinterpret_cast<__m512bh>(right));
+}
+#endif
+
 // c [rows, vectors * lanes] = (c * factor[i], or 0 where factor is null) + A [rows, depth] b [depth, vectors * lanes].
-template <int rows, int vectors>
-void multiplyBlock(Left a, Panel b, int64_t depth, const float* factor, float* c, int64_t cRow) {
+template <int rows, int vectors, class Element>
+void multiplyBlock(Left<Element> a, Panel<Element> b, int64_t depth, const float* factor, float* c, int64_t cRow) {
   Vec sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) sum[i][j] = factor ? load(c + i * cRow + j * lanes, Whole{}) * factor[i] : Vec{};
   }
-  const float* left = a.data;
-  const float* right = b.data;
+  const Element* left = a.data;
+  const Element* right = b.data;
   for (int64_t d = 0; d < depth; ++d) {
     Vec r[vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) r[j] = load(right + j * lanes, Whole{});
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const Vec l = broadcast(left[i * a.row]);
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; ++j) sum[i][j] += l * r[j];
+      for (int j = 0; j < vectors; ++j) sum[i][j] = addProduct(sum[i][j], left[i * a.row], r[j]);
     }
     left += a.step;
     right += b.row;
@@ -75,8 +96,8 @@ void multiplyBlock(Left a, Panel b, int64_t depth, const float* factor, float* c
 }
 
 // The same for any number of vectors.
-template <int rows>
-void multiply(Left a, Panel b, int64_t depth, const float* factor, float* c, int64_t cRow, int64_t vectors) {
+template <int rows, class Element>
+void multiply(Left<Element> a, Panel<Element> b, int64_t depth, const float* factor, float* c, int64_t cRow, int64_t vectors) {
   for (; vectors >= blockVectors; vectors -= blockVectors) {
     multiplyBlock<rows, blockVectors>(a, b, depth, factor, c, cRow);
     b.data += blockVectors * lanes;
@@ -93,38 +114,82 @@ constexpr float ones[blockRows] = {1, 1, 1, 1, 1, 1};
 
 // --- packing ---
 
-// to [paddedRows, width] = scale * from [rows, cols], zero outside.
+// to [paddedRows, width] = from [rows, cols], zero outside.
 template <class T>
-void packRows(const T* from, int64_t stride, int64_t rows, int64_t cols, float scale, float* to, int64_t paddedRows, int64_t width) {
+void packRows(const T* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t paddedRows, int64_t width) {
   for (int64_t i = 0; i < rows; ++i) {
     float* row = to + i * width;
-    overVectors(cols, [&](int64_t j, auto part) { store(row + j, scale * load(from + i * stride + j, part), Whole{}); });
+    overVectors(cols, [&](int64_t j, auto part) { store(row + j, load(from + i * stride + j, part), Whole{}); });
     for (int64_t j = roundUp(cols, lanes); j < width; j += lanes) store(row + j, Vec{}, Whole{});
   }
   for (int64_t j = rows * width; j < paddedRows * width; j += lanes) store(to + j, Vec{}, Whole{});
 }
 
-// to [tiles][cols][tile] = from [rows, cols] transposed within each tile of rows, zero outside.
+// How the factors of scores are packed: as they are in float32.
 template <class T>
-void packTransposed(const T* from, int64_t stride, int64_t rows, int64_t cols, float* to) {
+struct ScoreFactors {
+  using Element = float;
+  static int64_t depth(int64_t headDim) { return headDim; }
+  // Elements [d, d + lanes) of a token, zero from headDim on.
+  static KERNEL_INLINE Vec lanesOf(const T* token, int64_t d, int64_t headDim) {
+    return d + lanes <= headDim ? load(token + d, Whole{}) : load(token + d, Part{static_cast<int>(headDim - d)});
+  }
+  // The left factor is what packRows has made.
+  static Left<float> left(const float* packed, int64_t width, const T*, int64_t, int64_t, int64_t, float*) {
+    return {packed, width, 1};
+  }
+  static int64_t leftFloats(int64_t, int64_t) { return 0; }
+};
+
+#if defined(__AVX512BF16__)
+// As pairs where the processor has products of them; an odd headDim's last pair has a zero.
+template <>
+struct ScoreFactors<Bf16> {
+  using Element = Pair;
+  static int64_t depth(int64_t headDim) { return (headDim + 1) / 2; }
+  static KERNEL_INLINE Vec lanesOf(const Bf16* token, int64_t d, int64_t headDim) {
+    if (2 * (d + lanes) <= headDim) return load(reinterpret_cast<const float*>(token + 2 * d), Whole{});
+    VecBits bits{};
+    for (int i = 0; i < lanes && 2 * (d + i) < headDim; ++i) {
+      const Bf16* pair = token + 2 * (d + i);
+      bits[i] = pair[0].bits | (2 * (d + i) + 1 < headDim ? static_cast<uint32_t>(pair[1].bits) << 16 : 0u);
+    }
+    return fromBits(bits);
+  }
+  // to [rows, depth] padded to whole vectors = the pairs of from [rows, headDim]; zero from `rows` to `paddedRows`.
+  static Left<Pair> left(const float*, int64_t, const Bf16* from, int64_t stride, int64_t headDim, int64_t rows, float* to) {
+    const int64_t width = roundUp(depth(headDim), lanes);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t d = 0; d < width; d += lanes) store(to + i * width + d, lanesOf(from + i * stride, d, headDim), Whole{});
+    }
+    return {reinterpret_cast<const Pair*>(to), width, 1};
+  }
+  static int64_t leftFloats(int64_t rows, int64_t headDim) { return rows * roundUp(depth(headDim), lanes); }
+};
+#endif
+
+// to [tiles][depth][tile] = the score factors of from [rows, headDim], transposed within each tile of rows, zero outside.
+template <class T>
+void packTransposed(const T* from, int64_t stride, int64_t rows, int64_t headDim, float* to) {
+  const int64_t depth = ScoreFactors<T>::depth(headDim);
   for (int64_t first = 0; first < rows; first += lanes) {
-    float* out = to + first / tile * tile * cols + first % tile;
+    float* out = to + first / tile * tile * depth + first % tile;
     const int64_t count = least(lanes, rows - first);
-    overVectors(cols, [&](int64_t j, auto part) {
+    for (int64_t d = 0; d < depth; d += lanes) {
       Vec square[lanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) square[i] = i < count ? load(from + (first + i) * stride + j, part) : Vec{};
+      for (int i = 0; i < lanes; ++i) square[i] = i < count ? ScoreFactors<T>::lanesOf(from + (first + i) * stride, d, headDim) : Vec{};
       transpose(square);
-      const int64_t height = least(lanes, cols - j);
+      const int64_t height = least(lanes, depth - d);
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
-        if (i < height) store(out + (j + i) * tile, square[i], Whole{});
+        if (i < height) store(out + (d + i) * tile, square[i], Whole{});
       }
-    });
+    }
   }
   for (int64_t first = roundUp(rows, lanes); first < roundUp(rows, tile); first += lanes) {
-    float* out = to + first / tile * tile * cols + first % tile;
-    for (int64_t j = 0; j < cols; ++j) store(out + j * tile, Vec{}, Whole{});
+    float* out = to + first / tile * tile * depth + first % tile;
+    for (int64_t d = 0; d < depth; ++d) store(out + d * tile, Vec{}, Whole{});
   }
 }
 
