@@ -7,7 +7,14 @@ import { generationSchema, loraSchema, modelSchema, parseOptions } from './confi
 import type { Dataset } from './dataset';
 import { LoraDaError } from './errors';
 import { LoraAdapter } from './lora_adapter';
-import { type DecoderSpec, type Dtype, type NativeBatch, type NativeModel, type NativeModelInfo, native } from './native';
+import {
+  type DecoderSpec,
+  type Dtype,
+  type NativeBatch,
+  type NativeModel,
+  type NativeModelInfo,
+  native,
+} from './native';
 import { firstRows, packRows } from './packing';
 import { resolveTargetModules } from './target_modules';
 import { Tokenizer } from './tokenizer';
@@ -156,7 +163,12 @@ export class CausalLM {
       const { spec, tensors, stopIds } = checkpoint;
       engine = await native().loadModel({ spec, tensors, dtype, device, threads, packBudget: -1 }, onProgress);
       checkAborted(signal);
-      return new CausalLM({ checkpoint, native: engine, tokenizer, stopIds: [...new Set([...stopIds, ...(tokenizer?.eosIds ?? [])])] });
+      return new CausalLM({
+        checkpoint,
+        native: engine,
+        tokenizer,
+        stopIds: [...new Set([...stopIds, ...(tokenizer?.eosIds ?? [])])],
+      });
     } catch (error) {
       await engine?.dispose();
       await tokenizer?.dispose();
@@ -213,7 +225,9 @@ export class CausalLM {
     this.#checkAlive();
     const { rank, alpha, rslora, targetModules } = parseOptions(loraSchema, options);
     const { modules, suffixes } = resolveTargetModules(this.spec, targetModules);
-    return this.#attach(new LoraAdapter(this, { rank, alpha, rslora, targetModules: suffixes, modules, origin: 'new' }));
+    return this.#attach(
+      new LoraAdapter(this, { rank, alpha, rslora, targetModules: suffixes, modules, origin: 'new' }),
+    );
   }
 
   /**
@@ -268,7 +282,10 @@ export class CausalLM {
         const count = counts[i]!;
         const loss = losses[i]!;
         if (count > 0 && !Number.isFinite(loss)) {
-          throw new LoraDaError('NON_FINITE', `The loss of row ${row + 1} is ${loss}: the base weights or the adapter's factors hold values that are not finite or far too large`);
+          throw new LoraDaError(
+            'NON_FINITE',
+            `The loss of row ${row + 1} is ${loss}: the base weights or the adapter's factors hold values that are not finite or far too large`,
+          );
         }
         sum += count > 0 ? loss * count : 0;
         labelTokens += count;
@@ -309,7 +326,10 @@ export class CausalLM {
     const cancel = () => this.native.cancel();
     signal?.addEventListener('abort', cancel, { once: true });
     try {
-      const made = await this.native.generate({ inputIds: ids, ...sampling, stopIds: Int32Array.from(stopIds) }, onToken);
+      const made = await this.native.generate(
+        { inputIds: ids, ...sampling, stopIds: Int32Array.from(stopIds) },
+        onToken,
+      );
       const tokenIds = Array.from(made);
       const stop = tokenIds.findIndex((id) => stopIds.includes(id));
       const spoken = stop < 0 ? tokenIds : tokenIds.slice(0, stop);
@@ -386,7 +406,10 @@ export class CausalLM {
     const given = Object.entries(input).filter(([, value]) => value !== undefined);
     if (given.length !== 1) {
       const names = given.map(([name]) => name).join(' and ') || 'none';
-      throw new LoraDaError('INVALID_ARGUMENT', `Expected exactly one of prompt, messages, raw and inputIds but received ${names}`);
+      throw new LoraDaError(
+        'INVALID_ARGUMENT',
+        `Expected exactly one of prompt, messages, raw and inputIds but received ${names}`,
+      );
     }
     if (input.inputIds !== undefined) {
       this.#checkIds('inputIds', input.inputIds);
@@ -397,12 +420,17 @@ export class CausalLM {
     return ids;
   }
 
-  async #encode({ prompt, messages, raw }: Pick<GenerateOptions, 'prompt' | 'messages' | 'raw'>): Promise<ArrayLike<number>> {
+  async #encode({
+    prompt,
+    messages,
+    raw,
+  }: Pick<GenerateOptions, 'prompt' | 'messages' | 'raw'>): Promise<ArrayLike<number>> {
     const tokenizer = this.tokenizer;
     if (!tokenizer) {
       throw new LoraDaError('UNSUPPORTED', `${this.directory} has no tokenizer.json: give token ids instead of text`);
     }
-    const conversation = messages ?? (prompt !== undefined && tokenizer.hasChatTemplate ? [{ role: 'user', content: prompt }] : undefined);
+    const conversation =
+      messages ?? (prompt !== undefined && tokenizer.hasChatTemplate ? [{ role: 'user', content: prompt }] : undefined);
     if (!conversation) return tokenizer.encode(raw ?? prompt!);
     if (!tokenizer.hasChatTemplate) {
       throw new LoraDaError('UNSUPPORTED', `${this.directory} has no chat template: give raw text instead of messages`);
@@ -429,4 +457,3 @@ async function exists(path: string): Promise<boolean> {
     () => false,
   );
 }
-

@@ -54,7 +54,9 @@ async function execute(name: string, command: Command): Promise<void> {
   const { json, debug: _, ...given } = givenOptions(command);
   const { createProgress } = require('./progress') as typeof import('./progress');
   const progress = createProgress();
-  const { signal, release } = interruptible(() => progress.line('Stopping after the step in flight; once more to stop at once'));
+  const { signal, release } = interruptible(() =>
+    progress.line('Stopping after the step in flight; once more to stop at once'),
+  );
   const print: CommandContext['print'] = (line) => {
     if (!json) process.stdout.write(`${line}\n`);
   };
@@ -88,7 +90,9 @@ function exitCodeOf(error: unknown): number {
 
 function messageOf(error: unknown): string {
   const message = error instanceof Error ? error.message : String(error);
-  return oneLine(error instanceof Error && 'code' in error ? message : `unexpected error: ${message} (--debug shows where)`);
+  return oneLine(
+    error instanceof Error && 'code' in error ? message : `unexpected error: ${message} (--debug shows where)`,
+  );
 }
 
 function oneLine(text: string): string {

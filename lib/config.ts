@@ -87,7 +87,11 @@ const trainingFields = {
 };
 
 /** Options of {@link CausalLM.load} as the schema sees them. */
-export const modelSchema = z.strictObject({ dtype: modelFields.dtype, device: modelFields.device, threads: modelFields.threads });
+export const modelSchema = z.strictObject({
+  dtype: modelFields.dtype,
+  device: modelFields.device,
+  threads: modelFields.threads,
+});
 /** Options of {@link CausalLM.addLora}. */
 export const loraSchema = z.strictObject(loraFields);
 /** Options of {@link LoraAdapter.initialize}, without the method. */
@@ -189,7 +193,11 @@ export interface OptionSource {
  *
  * @throws {LoraDaError} `INVALID_ARGUMENT` (or the source's code): *Expected positive integer for batchSize but received -1 of type number*
  */
-export function parseOptions<T extends z.ZodObject>(schema: T, options: unknown, source: OptionSource = {}): z.output<T> {
+export function parseOptions<T extends z.ZodObject>(
+  schema: T,
+  options: unknown,
+  source: OptionSource = {},
+): z.output<T> {
   const { code = 'INVALID_ARGUMENT', nameOf = (key) => key, where = '' } = source;
   const parsed = schema.safeParse(options, { reportInput: true });
   if (parsed.success) return parsed.data;
@@ -198,7 +206,8 @@ export function parseOptions<T extends z.ZodObject>(schema: T, options: unknown,
     throw new LoraDaError(code, `Unknown option ${nameOf(issue.keys[0]!)}${where}`);
   }
   const key = String(issue.path[0] ?? '');
-  if (key === '') throw new LoraDaError(code, `Expected an object of options but received ${describe(options)}${where}`);
+  if (key === '')
+    throw new LoraDaError(code, `Expected an object of options but received ${describe(options)}${where}`);
   const what = descriptionOf(schema.shape[key]);
   const value = (options as Record<string, unknown>)[key];
   const received = value === undefined ? 'nothing' : describe(value);

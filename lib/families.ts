@@ -241,7 +241,7 @@ function refuseFields(reader: Reader): void {
 
 function readSizes(reader: Reader, family: Family): Sizes {
   const hidden = reader.integer('hidden_size', undefined, 1);
-  const heads = reader.integer('num_attention_heads', undefined, 1);
+  const heads = reader.count('num_attention_heads', undefined);
   const kvHeads = reader.integer(
     'num_key_value_heads',
     reader.has('num_key_value_heads') ? heads : (family.kvHeads ?? heads),
@@ -251,12 +251,12 @@ function readSizes(reader: Reader, family: Family): Sizes {
   if (!reader.get('head_dim') && family.headDim === undefined && hidden % heads !== 0) {
     throw reader.invalid('hidden_size', `a multiple of num_attention_heads (${heads}), because head_dim is not given`);
   }
-  const headDim = reader.integer('head_dim', family.headDim ?? hidden / heads, 1);
+  const headDim = reader.count('head_dim', family.headDim ?? hidden / heads);
   if (headDim % 2 !== 0) throw reader.invalid('head_dim', 'an even number');
   return {
     hidden,
     intermediate: reader.integer('intermediate_size', undefined, 1),
-    layers: reader.integer('num_hidden_layers', undefined, 1),
+    layers: reader.count('num_hidden_layers', undefined),
     heads,
     kvHeads,
     headDim,
@@ -373,11 +373,16 @@ class Reader {
     return value;
   }
 
-  /** An integer from `minimum` up to 2^31 − 1; null counts as absent. */
-  integer(field: string, fallback: number | undefined, minimum: number): number {
+  /** An integer from `minimum` to `maximum`; null counts as absent. */
+  integer(field: string, fallback: number | undefined, minimum: number, maximum = 2 ** 31 - 1): number {
     const value = this.get(field) ?? fallback;
-    if (Number.isInteger(value) && (value as number) >= minimum && (value as number) < 2 ** 31) return value as number;
-    throw this.invalid(field, minimum === 0 ? 'an integer of 0 or more' : 'a positive integer');
+    if (Number.isInteger(value) && (value as number) >= minimum && (value as number) <= maximum) return value as number;
+    throw this.invalid(field, `an integer from ${minimum} to ${maximum}`);
+  }
+
+  /** A number of layers, heads or components of a head: lists of that length are made from it. */
+  count(field: string, fallback: number | undefined): number {
+    return this.integer(field, fallback, 1, 65536);
   }
 
   optionalInteger(field: string, fallback: number | null = null): number | null {

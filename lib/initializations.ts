@@ -105,22 +105,24 @@ export function nativeInitialization(config: InitializationConfig, rows: number)
 
 const finite = (value: number) => (Number.isFinite(value) ? value : null);
 
-/** The core's report with what JSON can hold. */
-export function moduleReport(found: NativeModuleReport): ModuleReport {
+/** The core's report with what JSON can hold; a method that looks at no data has nothing to say of it. */
+export function moduleReport(found: NativeModuleReport, fromData: boolean): ModuleReport {
+  const figure = (value: number) => (fromData ? finite(value) : null);
   return {
     module: found.module,
     rank: found.rank,
-    conditionNumber: finite(found.conditionNumber),
-    medianOutputOverDamping: finite(found.medianOutputOverDamping),
-    sigma: finite(found.sigma),
-    gap: finite(found.gap),
-    relativeGap: finite(found.relativeGap),
-    eigenvalues: Array.from(found.eigenvalues),
+    conditionNumber: figure(found.conditionNumber),
+    medianOutputOverDamping: figure(found.medianOutputOverDamping),
+    sigma: figure(found.sigma),
+    gap: figure(found.gap),
+    relativeGap: figure(found.relativeGap),
+    eigenvalues: fromData ? Array.from(found.eigenvalues) : [],
   };
 }
 
 /** One line: method, rows, time, and the worst conditioned module. */
 export function summarizeInitialization(report: InitializationReport): string {
+  if (report.method === keepFactors) return "none: the adapter's factors as they are";
   const seconds = (report.collectSeconds + report.solveSeconds).toFixed(1);
   const rows = report.samples > 0 ? ` from ${report.samples} rows` : '';
   const worst = report.modules.reduce<ModuleReport | undefined>(

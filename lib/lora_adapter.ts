@@ -117,7 +117,14 @@ export class LoraAdapter {
     await this.#ready();
     checkAborted(call.signal);
     if (config.method === keepFactors && this.#origin === 'loaded') {
-      return this.#report({ method: keepFactors, options: config, samples: 0, modules: [], collectSeconds: 0, solveSeconds: 0 });
+      return this.#report({
+        method: keepFactors,
+        options: config,
+        samples: 0,
+        modules: [],
+        collectSeconds: 0,
+        solveSeconds: 0,
+      });
     }
     const method = config.method === keepFactors ? plainStart : config.method;
     const samples = collects ? Math.min(config.samples, data!.length) : 0;
@@ -131,7 +138,7 @@ export class LoraAdapter {
       ),
     );
     const { collectSeconds, solveSeconds } = found;
-    const modules = found.modules.map(moduleReport);
+    const modules = found.modules.map((module) => moduleReport(module, collects));
     return this.#report({ method, options: config, samples, modules, collectSeconds, solveSeconds });
   }
 

@@ -53,18 +53,25 @@ export async function estimateRun(
   options: EstimateOptions,
 ): Promise<RunEstimate> {
   const { batchSize, recompute } = trainer.training;
-  const lengths = Array.from({ length: data.length }, (_, row) => row).sort((a, b) => data.rowLength(b) - data.rowLength(a));
+  const lengths = Array.from({ length: data.length }, (_, row) => row).sort(
+    (a, b) => data.rowLength(b) - data.rowLength(a),
+  );
   const largest = lengths.slice(0, batchSize);
   const tokens = sum(largest, (row) => data.rowLength(row));
-  const labels = Math.max(1, sum(largest, (row) => data.labelTokens(row)));
-  const plan = model.native.planMemory(tokens, labels, data.rowLength(largest[0]!), recompute);
+  const labels = Math.max(
+    1,
+    sum(largest, (row) => data.labelTokens(row)),
+  );
+  const plan = await model.native.planMemory(tokens, labels, data.rowLength(largest[0]!), recompute);
   const memory = { ...plan, total: plan.weights + plan.activations + plan.adapters + plan.workspace };
 
   const tokensPerSecond = await measureStep(model, trainer, data);
   const perRow = data.tokens / data.length;
   const trained = (trainer.totalSteps / trainer.stepsPerEpoch) * data.tokens;
   const { evalData } = options;
-  const evaluations = evalData ? Math.floor(trainer.totalSteps / (trainer.training.evalSteps ?? trainer.stepsPerEpoch)) + 2 : 0;
+  const evaluations = evalData
+    ? Math.floor(trainer.totalSteps / (trainer.training.evalSteps ?? trainer.stepsPerEpoch)) + 2
+    : 0;
   const initialization = (Math.min(options.samples, data.length) * perRow * collectionCost) / tokensPerSecond;
   const training = trained / tokensPerSecond;
   const evaluation = (evaluations * (evalData?.tokens ?? 0) * evaluationCost) / tokensPerSecond;

@@ -147,13 +147,13 @@ async function page(content: PageContent): Promise<string> {
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>${escape(title)} · lora-da</title>
+<title>${escapeHtml(title)} · lora-da</title>
 <style>${libraryStyle}</style>
 <style>${style}</style>
 </head>
 <body>
-<h1>${escape(title)}</h1>
-<p class="muted">${escape(subtitle(config, initialization))}</p>
+<h1>${escapeHtml(title)}</h1>
+<p class="muted">${escapeHtml(subtitle(config, initialization))}</p>
 <div class="cards">${cards(summary, evaluations, initialization).join('')}</div>
 <h2>Training</h2>
 <div class="charts">
@@ -183,9 +183,13 @@ function chart(id: string, title: string, hint: string): string {
 
 function subtitle(config: Record<string, unknown>, initialization: InitializationReport | undefined): string {
   const start = initialization ? `started from ${initialization.method}` : undefined;
-  const lora = config.rank === undefined ? undefined : `rank ${config.rank}, alpha ${config.alpha}${config.rslora ? ', rsLoRA' : ''}`;
+  const lora =
+    config.rank === undefined
+      ? undefined
+      : `rank ${config.rank}, alpha ${config.alpha}${config.rslora ? ', rsLoRA' : ''}`;
   const data = typeof config.data === 'string' ? basename(config.data) : undefined;
-  const rate = config.learningRate === undefined ? undefined : `learning rate ${config.learningRate} ${config.scheduler}`;
+  const rate =
+    config.learningRate === undefined ? undefined : `learning rate ${config.learningRate} ${config.scheduler}`;
   return [data, lora, start, rate].filter((part) => part !== undefined).join(' · ');
 }
 
@@ -200,8 +204,16 @@ function cards(
   if (first && last) {
     const best = evaluations.reduce((low, one) => (one.loss < low.loss ? one : low));
     all.push(
-      card('Held-out loss', `${first.loss.toFixed(3)} → ${last.loss.toFixed(3)}`, `best ${best.loss.toFixed(4)} at step ${best.step}`),
-      card('Held-out perplexity', `${short(first.perplexity)} → ${short(last.perplexity)}`, `${last.labelTokens.toLocaleString('en')} label tokens`),
+      card(
+        'Held-out loss',
+        `${first.loss.toFixed(3)} → ${last.loss.toFixed(3)}`,
+        `best ${best.loss.toFixed(4)} at step ${best.step}`,
+      ),
+      card(
+        'Held-out perplexity',
+        `${short(first.perplexity)} → ${short(last.perplexity)}`,
+        `${last.labelTokens.toLocaleString('en')} label tokens`,
+      ),
     );
   }
   const smoothed = summary.steps.smoothLoss.at(-1);
@@ -210,12 +222,14 @@ function cards(
   }
   all.push(card('Steps', summary.count.toLocaleString('en'), `${summary.tokens.toLocaleString('en')} tokens`));
   if (summary.seconds > 0) {
-    all.push(card('Speed', `${short(summary.tokens / summary.seconds)} tokens/s`, `${duration(summary.seconds)} in steps`));
+    all.push(
+      card('Speed', `${short(summary.tokens / summary.seconds)} tokens/s`, `${duration(summary.seconds)} in steps`),
+    );
   }
   if (initialization) {
     const seconds = initialization.collectSeconds + initialization.solveSeconds;
     const rows = initialization.samples > 0 ? `${initialization.samples} rows, ` : '';
-    all.push(card('Initialization', escape(initialization.method), `${rows}${duration(seconds)}`));
+    all.push(card('Initialization', escapeHtml(initialization.method), `${rows}${duration(seconds)}`));
   }
   return all;
 }
@@ -248,7 +262,7 @@ function initializationSection(initialization: InitializationReport | undefined)
   const heads = ['module', 'rank', 'cond(Zd)', 'median(ydiag)/damping', 'σ', 'gap', 'relative gap'];
   const rows = modules.map(
     (module) =>
-      `<tr><td>${escape(module.module)}</td><td>${module.rank}</td><td>${short(module.conditionNumber)}</td>` +
+      `<tr><td>${escapeHtml(module.module)}</td><td>${module.rank}</td><td>${short(module.conditionNumber)}</td>` +
       `<td${(module.medianOutputOverDamping ?? 1) < 1 ? ' class="warn"' : ''}>${short(module.medianOutputOverDamping)}</td>` +
       `<td>${short(module.sigma)}</td><td>${short(module.gap)}</td><td>${short(module.relativeGap)}</td></tr>`,
   );
@@ -258,7 +272,7 @@ function initializationSection(initialization: InitializationReport | undefined)
       ? `${initialization.samples} rows, ${initialization.options.tokenMask === 'labels' ? 'label positions' : 'all tokens'}; damping ${short(initialization.options.damping)}, gamma ${initialization.options.gamma}`
       : 'without data';
   return `<h2>What the initialization found</h2>
-<p class="muted">${escape(initialization.method)}, ${escape(where)}; by layer, one line a kind of module.</p>
+<p class="muted">${escapeHtml(initialization.method)}, ${escapeHtml(where)}; by layer, one line a kind of module.</p>
 <div class="charts">${charts.join('')}
 <details class="wide"${figures.length === 0 ? '' : ' open'}><summary>All ${modules.length} modules</summary><div class="scroll">${table}</div></details>
 </div>`;
@@ -277,7 +291,7 @@ function evaluationSection(evaluations: EvaluationMetrics[]): string {
 function configTable(config: Record<string, unknown>): string {
   const rows = Object.entries(config).map(([name, value]) => {
     const shown = typeof value === 'string' ? value : JSON.stringify(value);
-    return `<tr><td>${escape(name)}</td><td class="text">${escape(shown)}</td></tr>`;
+    return `<tr><td>${escapeHtml(name)}</td><td class="text">${escapeHtml(shown)}</td></tr>`;
   });
   return `<table><tbody>${rows.join('')}</tbody></table>`;
 }
@@ -297,6 +311,6 @@ function duration(seconds: number): string {
 
 const entities: Record<string, string> = { '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;', "'": '&#39;' };
 
-function escape(text: string): string {
+function escapeHtml(text: string): string {
   return text.replace(/[&<>"']/g, (character) => entities[character]!);
 }

@@ -217,9 +217,14 @@ export class Trainer extends EventEmitter<TrainerEvents> {
    *   `INVALID_ARGUMENT` when `out` already holds a run; `ABORTED`; what {@link LoraAdapter.initialize} throws
    */
   async train(call: { signal?: AbortSignal } = {}): Promise<TrainResult> {
-    if (this.#running) throw new LoraDaError('INVALID_ARGUMENT', 'Expected one call of train() at a time but received a second');
+    if (this.#running)
+      throw new LoraDaError('INVALID_ARGUMENT', 'Expected one call of train() at a time but received a second');
     const adapter = this.#model.adapter;
-    if (!adapter) throw new LoraDaError('INVALID_ARGUMENT', 'Expected a model with an adapter: call addLora() or loadAdapter() first');
+    if (!adapter)
+      throw new LoraDaError(
+        'INVALID_ARGUMENT',
+        'Expected a model with an adapter: call addLora() or loadAdapter() first',
+      );
     this.#running = true;
     try {
       return await new Run(this, this.#model, adapter, this.#options, this.#evalSteps, call.signal).run();
@@ -302,7 +307,10 @@ class Run {
       });
       trainer.emit('initialization', report);
     } else if (!this.adapter.started) {
-      throw new LoraDaError('INVALID_ARGUMENT', 'Expected an adapter that has been started: call initialize() first, or give the option initialize');
+      throw new LoraDaError(
+        'INVALID_ARGUMENT',
+        'Expected an adapter that has been started: call initialize() first, or give the option initialize',
+      );
     }
     this.#initialization = this.adapter.initialization ?? null;
   }
@@ -326,7 +334,10 @@ class Run {
     const config = this.options.config ?? { ...this.trainer.training, out };
     await writeFileAtomically(join(out, runFiles.config), `${JSON.stringify(config, null, 2)}\n`);
     if (this.#initialization) {
-      await writeFileAtomically(join(out, runFiles.initialization), `${JSON.stringify(this.#initialization, null, 2)}\n`);
+      await writeFileAtomically(
+        join(out, runFiles.initialization),
+        `${JSON.stringify(this.#initialization, null, 2)}\n`,
+      );
     }
     const metrics = await JsonLines.open(join(out, runFiles.metrics), checkpoint?.state.metricsBytes ?? 0);
     const evaluations = await JsonLines.open(join(out, runFiles.evaluations), checkpoint?.state.evaluationsBytes ?? 0);
@@ -363,9 +374,17 @@ class Run {
     const { data } = this.options;
     const { batchSize, weightDecay, maxGradNorm, recompute } = this.trainer.training;
     const batches = [];
-    for (let first = 0; first < rows.length; first += batchSize) batches.push(data.batch(rows.slice(first, first + batchSize)));
+    for (let first = 0; first < rows.length; first += batchSize)
+      batches.push(data.batch(rows.slice(first, first + batchSize)));
     const learningRate = learningRateAt(this.trainer.schedule, step);
-    const result = this.model.native.trainStep(batches, { ...adam, learningRate, weightDecay, maxGradNorm, step, recompute });
+    const result = this.model.native.trainStep(batches, {
+      ...adam,
+      learningRate,
+      weightDecay,
+      maxGradNorm,
+      step,
+      recompute,
+    });
     result.catch(() => {});
     const tokens = batches.reduce((sum, batch) => sum + batch.inputIds.length, 0);
     return { step, epoch: this.#sampler.epoch, learningRate, tokens, result };
@@ -387,7 +406,15 @@ class Run {
     }
     this.#progress.loss = loss;
     this.#progress.tokens += tokens;
-    const metrics: StepMetrics = { step, epoch, loss, gradNorm, learningRate, tokens, tokensPerSecond: tokens / seconds };
+    const metrics: StepMetrics = {
+      step,
+      epoch,
+      loss,
+      gradNorm,
+      learningRate,
+      tokens,
+      tokensPerSecond: tokens / seconds,
+    };
     const written = this.#output?.metrics.append(metrics);
     this.trainer.emit('step', { ...metrics, totalSteps: this.trainer.totalSteps });
     await written;
@@ -401,7 +428,11 @@ class Run {
         ? `the base weights, the adapter's start or the data give it (${this.model.info.dtype}) before any update`
         : `the learning rate (${learningRate}) is probably too high: lower it, or warm up longer`;
     const kept = this.#savedStep >= 0 ? `; the checkpoint of step ${this.#savedStep} is kept` : '';
-    return new LoraDaError('NON_FINITE', `Step ${step}: the loss or its gradient is not finite (${error.message}); ${cause}${kept}`, { cause: error });
+    return new LoraDaError(
+      'NON_FINITE',
+      `Step ${step}: the loss or its gradient is not finite (${error.message}); ${cause}${kept}`,
+      { cause: error },
+    );
   }
 
   #evaluationDue(): boolean {

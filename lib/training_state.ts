@@ -258,7 +258,12 @@ async function readMoments(file: string, factors: NativeFactors[]): Promise<Nati
   );
   const values = await readTensors(file, infos);
   return factors.map(({ module }, i) => {
-    const [aFirst, aSecond, bFirst, bSecond] = values.slice(4 * i, 4 * i + 4) as [Float32Array, Float32Array, Float32Array, Float32Array];
+    const [aFirst, aSecond, bFirst, bSecond] = values.slice(4 * i, 4 * i + 4) as [
+      Float32Array,
+      Float32Array,
+      Float32Array,
+      Float32Array,
+    ];
     return { module, aFirst, aSecond, bFirst, bSecond };
   });
 }

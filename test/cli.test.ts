@@ -1,8 +1,9 @@
 import assert from 'node:assert/strict';
+import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { before, test } from 'node:test';
-import { startCli, jsonOf, runCli } from './run_cli';
+import { after, before, test } from 'node:test';
+import { jsonOf, runCli, startCli } from './run_cli';
 import { temporaryFolder, writeTinyData, writeTinyModel } from './tiny_folder';
 
 const folder = temporaryFolder();
@@ -23,10 +24,12 @@ const oneLine = (stderr: string) => assert.match(stderr, /^lora-da: [^\n]+\n$/);
 test('--help lists the commands and their flags', async () => {
   const { code, stdout } = await runCli(['--help']);
   assert.equal(code, 0);
-  for (const command of ['train', 'init', 'eval', 'generate', 'merge', 'info']) assert.match(stdout, new RegExp(`  ${command} `));
+  for (const command of ['train', 'init', 'eval', 'generate', 'merge', 'info'])
+    assert.match(stdout, new RegExp(`  ${command} `));
   const train = await runCli(['train', '--help']);
   assert.equal(train.code, 0);
-  for (const flag of ['--grad-accum', '--no-rslora', '--early-stop', '--dry-run', '--json', '--debug']) assert.ok(train.stdout.includes(flag), flag);
+  for (const flag of ['--grad-accum', '--no-rslora', '--early-stop', '--dry-run', '--json', '--debug'])
+    assert.ok(train.stdout.includes(flag), flag);
 });
 
 const wrongUsage: [name: string, args: string[], message: RegExp][] = [
@@ -34,15 +37,47 @@ const wrongUsage: [name: string, args: string[], message: RegExp][] = [
   ['an unknown option', ['train', '--fly', '1'], /unknown option '--fly'/],
   ['an argument too many', ['info', 'more'], /too many arguments/],
   ['a value that is missing', ['train', '--model'], /argument missing/],
-  ['a model that is missing', ['eval', '--data', 'x'], /path of a Hugging Face model folder for --model but received nothing/],
-  ['a number out of range', ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--rank', '0'], /positive integer for --rank but received 0/],
-  ['a word for a number', ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--lr', 'fast'], /for --lr but received "fast"/],
+  [
+    'a model that is missing',
+    ['eval', '--data', 'x'],
+    /path of a Hugging Face model folder for --model but received nothing/,
+  ],
+  [
+    'a number out of range',
+    ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--rank', '0'],
+    /positive integer for --rank but received 0/,
+  ],
+  [
+    'a word for a number',
+    ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--lr', 'fast'],
+    /for --lr but received "fast"/,
+  ],
   ['an unknown device', ['eval', '--model', 'm', '--data', 'd', '--device', 'tpu'], /for --device but received "tpu"/],
-  ['both lengths of a run', ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--epochs', '1', '--max-steps', '1'], /either --epochs or --max-steps/],
-  ['an initialization beside an adapter', ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--adapter', 'a', '--init', 'lora-da'], /none for --init/],
-  ['an unknown initialization', ['init', '--model', 'm', '--data', 'd', '--out', 'o', '--init', 'lora-xy'], /"lora-xy"/],
-  ['no text to go on from', ['generate', '--model', 'm'], /--prompt, --messages, --raw and --input-ids but received none/],
-  ['two texts to go on from', ['generate', '--model', 'm', '--raw', 'a', '--prompt', 'b'], /received --prompt and --raw/],
+  [
+    'both lengths of a run',
+    ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--epochs', '1', '--max-steps', '1'],
+    /either --epochs or --max-steps/,
+  ],
+  [
+    'an initialization beside an adapter',
+    ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--adapter', 'a', '--init', 'lora-da'],
+    /none for --init/,
+  ],
+  [
+    'an unknown initialization',
+    ['init', '--model', 'm', '--data', 'd', '--out', 'o', '--init', 'lora-xy'],
+    /"lora-xy"/,
+  ],
+  [
+    'no text to go on from',
+    ['generate', '--model', 'm'],
+    /--prompt, --messages, --raw and --input-ids but received none/,
+  ],
+  [
+    'two texts to go on from',
+    ['generate', '--model', 'm', '--raw', 'a', '--prompt', 'b'],
+    /received --prompt and --raw/,
+  ],
 ];
 for (const [name, args, message] of wrongUsage) {
   test(`${name} is wrong usage: exit 2 and one line`, async () => {
@@ -67,12 +102,25 @@ test('a failure is exit 1 and one line; the stack comes with --debug only', asyn
 
 test('train writes a run folder and ends with the path of the report', async () => {
   const out = inFolder('run');
-  const { code, stdout, stderr } = await runCli(['train', '--model', model, '--data', data, '--out', out, '--rank', '2']);
+  const { code, stdout, stderr } = await runCli([
+    'train',
+    '--model',
+    model,
+    '--data',
+    data,
+    '--out',
+    out,
+    '--rank',
+    '2',
+  ]);
   assert.equal(code, 0, stderr);
   assert.match(stdout, /Initialization: lora-da: 14 modules from 20 rows/);
   assert.equal(stdout.trimEnd().split('\n').at(-1), `Report: ${join(out, 'report.html')}`);
   const config = JSON.parse(readFileSync(join(out, 'config.json'), 'utf8'));
-  assert.deepEqual([config.init, config.rank, config.epochs, config.population, config.outputDamping], ['lora-da', 2, 1, 20, 1e-6]);
+  assert.deepEqual(
+    [config.init, config.rank, config.epochs, config.population, config.outputDamping],
+    ['lora-da', 2, 1, 20, 1e-6],
+  );
 });
 
 test('the config.json of a run repeats the run', async () => {
@@ -85,17 +133,45 @@ test('the config.json of a run repeats the run', async () => {
 
 test('train --json prints one object as the last line, with --adapter as the start', async () => {
   const out = inFolder('from-adapter');
-  const result = await runCli(['train', '--model', model, '--data', data, '--out', out, '--adapter', adapter, '--max-steps', '2', '--json']);
+  const result = await runCli([
+    'train',
+    '--model',
+    model,
+    '--data',
+    data,
+    '--out',
+    out,
+    '--adapter',
+    adapter,
+    '--max-steps',
+    '2',
+    '--json',
+  ]);
   assert.equal(result.code, 0, result.stderr);
   assert.equal(result.stdout.split('\n').length, 2);
   const { steps, initialization, report } = jsonOf(result);
-  assert.deepEqual([steps, (initialization as { method: string }).method, report], [2, 'none', join(out, 'report.html')]);
+  assert.deepEqual(
+    [steps, (initialization as { method: string }).method, report],
+    [2, 'none', join(out, 'report.html')],
+  );
   const config = JSON.parse(readFileSync(join(out, 'config.json'), 'utf8'));
   assert.deepEqual([config.init, config.rank], ['none', 2]);
 });
 
-test('a rank that is not the adapter\'s is refused', async () => {
-  const result = await runCli(['train', '--model', model, '--data', data, '--out', inFolder('x'), '--adapter', adapter, '--rank', '4']);
+test("a rank that is not the adapter's is refused", async () => {
+  const result = await runCli([
+    'train',
+    '--model',
+    model,
+    '--data',
+    data,
+    '--out',
+    inFolder('x'),
+    '--adapter',
+    adapter,
+    '--rank',
+    '4',
+  ]);
   assert.equal(result.code, 2);
   assert.match(result.stderr, /Expected 2 for --rank, as .*adapter says, but received 4/);
 });
@@ -104,7 +180,11 @@ test('train --dry-run tells memory and time and writes nothing', async () => {
   const out = inFolder('dry');
   const result = await runCli(['train', '--model', model, '--data', data, '--out', out, '--dry-run', '--json']);
   assert.equal(result.code, 0, result.stderr);
-  const { memory, seconds, steps } = jsonOf(result) as { memory: Record<string, number>; seconds: Record<string, number>; steps: number };
+  const { memory, seconds, steps } = jsonOf(result) as {
+    memory: Record<string, number>;
+    seconds: Record<string, number>;
+    steps: number;
+  };
   assert.equal(steps, 3);
   assert.equal(memory.total, memory.weights! + memory.activations! + memory.adapters! + memory.workspace!);
   assert.ok(seconds.total! > 0);
@@ -124,11 +204,33 @@ test('nothing is written when the data are bad', async () => {
 
 test('init --json reports every module', async () => {
   const out = inFolder('init');
-  const result = await runCli(['init', '--model', model, '--data', data, '--out', out, '--samples', '3', '--population', '1000', '--json']);
+  const result = await runCli([
+    'init',
+    '--model',
+    model,
+    '--data',
+    data,
+    '--out',
+    out,
+    '--samples',
+    '3',
+    '--population',
+    '1000',
+    '--json',
+  ]);
   assert.equal(result.code, 0, result.stderr);
   const { method, samples, modules } = jsonOf(result) as { method: string; samples: number; modules: object[] };
   assert.deepEqual([method, samples, modules.length], ['lora-da', 3, 14]);
-  assert.deepEqual(Object.keys(modules[0]!), ['module', 'rank', 'conditionNumber', 'medianOutputOverDamping', 'sigma', 'gap', 'relativeGap', 'eigenvalues']);
+  assert.deepEqual(Object.keys(modules[0]!), [
+    'module',
+    'rank',
+    'conditionNumber',
+    'medianOutputOverDamping',
+    'sigma',
+    'gap',
+    'relativeGap',
+    'eigenvalues',
+  ]);
   assert.deepEqual(readdirSync(out).sort(), ['adapter_config.json', 'adapter_model.safetensors']);
 });
 
@@ -150,7 +252,16 @@ test('eval --json has the mean, and each row', async () => {
 });
 
 test('generate --json from ids, in a folder without a tokenizer', async () => {
-  const result = await runCli(['generate', '--model', model, '--input-ids', '10,11', '--max-new-tokens', '3', '--json']);
+  const result = await runCli([
+    'generate',
+    '--model',
+    model,
+    '--input-ids',
+    '10,11',
+    '--max-new-tokens',
+    '3',
+    '--json',
+  ]);
   assert.equal(result.code, 0, result.stderr);
   assert.deepEqual(jsonOf(result), { text: null, tokenIds: [12, 13, 14] });
 });
@@ -195,14 +306,53 @@ test('SIGINT during the initialization exits 130 and leaves nothing', async () =
   assert.ok(!existsSync(out));
 });
 
-test('a disk that is full is an error with the path, and no checkpoint is half written', { skip: !existsSync('/dev/full') }, async () => {
-  const out = inFolder('full');
-  mkdirSync(out);
-  const { symlinkSync } = await import('node:fs');
-  symlinkSync('/dev/full', join(out, 'evaluations.jsonl'));
-  const args = ['train', '--model', model, '--data', data, '--eval-data', data, '--out', out];
+/** A file system of its own, where the machine lets us; undefined elsewhere. */
+function mounted(name: string, options: string): string | undefined {
+  const place = inFolder(name);
+  mkdirSync(place);
+  const { status } = spawnSync('mount', ['-t', 'tmpfs', '-o', options, 'tmpfs', place]);
+  if (status === 0) after(() => spawnSync('umount', ['-l', place]));
+  return status === 0 ? place : undefined;
+}
+
+test('a disk that is full is an error with the path, and no checkpoint is half written', async (t) => {
+  const place = mounted('full', 'size=120k');
+  if (!place) return t.skip('mount is not permitted');
+  const args = [
+    'train',
+    '--model',
+    model,
+    '--data',
+    data,
+    '--out',
+    join(place, 'out'),
+    '--max-steps',
+    '9',
+    '--save-steps',
+    '1',
+  ];
   const { code, stderr } = await runCli(args);
   assert.equal(code, 1, stderr);
-  assert.match(stderr, /Cannot write .*evaluations.jsonl: no space left/);
-  assert.deepEqual(readdirSync(join(out, 'checkpoints')).filter((name) => name.startsWith('.')), []);
+  assert.match(stderr, /lora-da: Cannot write .*full\/out.*: no space left on the device\n$/);
+  const checkpoints = join(place, 'out/checkpoints');
+  for (const name of readdirSync(checkpoints)) {
+    assert.match(name, /^step-/);
+    assert.ok(existsSync(join(checkpoints, name, 'state.json')));
+  }
+});
+
+test('a file system that is read-only is refused before the model is loaded', async (t) => {
+  const place = mounted('read-only', 'ro');
+  if (!place) return t.skip('mount is not permitted');
+  const { code, stderr } = await runCli([
+    'train',
+    '--model',
+    inFolder('nowhere'),
+    '--data',
+    data,
+    '--out',
+    join(place, 'out'),
+  ]);
+  assert.equal(code, 1);
+  assert.match(stderr, /^lora-da: Cannot write .*read-only\/out: the file system is read-only\n$/);
 });

@@ -68,6 +68,14 @@ export class FakeModel implements NativeModel {
     return result;
   }
 
+  async #interruptible(milliseconds: number): Promise<void> {
+    const generation = this.#generation;
+    for (let waited = 0; waited < milliseconds; waited += 10) {
+      await setTimeout(10);
+      if (generation !== this.#generation) throw new LoraDaError('ABORTED', 'cancelled');
+    }
+  }
+
   #sizes(module: string): { in: number; out: number } {
     const { spec } = this.options;
     const all = [...spec.attentionInputs, spec.attentionOutput, ...spec.mlpInputs, spec.mlpOutput];
@@ -188,7 +196,7 @@ export class FakeModel implements NativeModel {
   ): ReturnType<NativeModel['initialize']> {
     return this.#enqueue('initialize', async () => {
       onProgress('collect', batches.length, batches.length);
-      if (stepMilliseconds > 0) await setTimeout(stepMilliseconds);
+      await this.#interruptible(stepMilliseconds);
       const seed = batches.flatMap(rowsOf).reduce((sum, { ids }) => sum + hashOf(ids), options.seed);
       for (const { factors } of this.#modules) {
         factors.a.forEach((_, i, a) => {

@@ -154,6 +154,7 @@ describe('malformed fields are named', () => {
     ['hidden_size', { hidden_size: 0 }],
     ['hidden_size', { hidden_size: '64' }],
     ['num_hidden_layers', { num_hidden_layers: undefined }],
+    ['num_hidden_layers', { num_hidden_layers: 2_000_000_000 }],
     ['num_key_value_heads', { num_key_value_heads: 3 }],
     ['head_dim', { head_dim: 7 }],
     ['rms_norm_eps', { rms_norm_eps: -1 }],

@@ -8,8 +8,8 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, describe, test } from 'node:test';
 import type { NativeModel } from '../lib/native';
-import { allModules, loadReference, type Reference, referenceRoot } from './support/reference';
 import { matrixProduct, relativeError, rowSpaceAngle } from './support/numbers';
+import { allModules, loadReference, type Reference, referenceRoot } from './support/reference';
 
 const families = ['llama-tied', 'llama-rope3', 'mistral', 'qwen2', 'qwen3', 'gemma', 'phi3'];
 const folders = [...families, 'llama-outliers'];
@@ -24,7 +24,8 @@ for (const name of folders) {
       const { model, rows, expected, batch } = await reference;
       const { losses, labelTokens } = await model.evaluate(batch(rows));
       assert.deepEqual([...labelTokens], expected.labelTokens);
-      for (const [i, loss] of losses.entries()) assert.ok(Math.abs(loss / expected.loss[i]! - 1) < 1e-4, `sequence ${i}: ${loss}`);
+      for (const [i, loss] of losses.entries())
+        assert.ok(Math.abs(loss / expected.loss[i]! - 1) < 1e-4, `sequence ${i}: ${loss}`);
     });
 
     test('logits are those of transformers, with all sequences in one packed batch', async () => {
@@ -43,7 +44,14 @@ for (const name of folders) {
       const { model, expected } = await reference;
       for (const { prompt, continuation } of expected.greedy) {
         const ids = await model.generate(
-          { inputIds: Int32Array.from(prompt), maxNewTokens: 12, temperature: 0, topP: 1, seed: 0, stopIds: new Int32Array() },
+          {
+            inputIds: Int32Array.from(prompt),
+            maxNewTokens: 12,
+            temperature: 0,
+            topP: 1,
+            seed: 0,
+            stopIds: new Int32Array(),
+          },
           () => {},
         );
         assert.deepEqual([...ids], continuation);
@@ -59,7 +67,8 @@ for (const name of folders) {
             inputMoment: relativeError(found.inputMoment, tensors.get(`Z.${mask}.${found.module}`)),
             outputFactor: relativeError(found.outputFactor, tensors.get(`ydiag.${mask}.${found.module}`)),
           };
-          for (const [what, error] of Object.entries(errors)) assert.ok(error < 1e-4, `${found.module} ${what}: ${error}`);
+          for (const [what, error] of Object.entries(errors))
+            assert.ok(error < 1e-4, `${found.module} ${what}: ${error}`);
         }
       });
     }
@@ -86,7 +95,10 @@ for (const name of folders) {
           },
           () => {},
         );
-        assert.deepEqual(reports.map((report) => report.module), modules);
+        assert.deepEqual(
+          reports.map((report) => report.module),
+          modules,
+        );
         for (const { module, a, b } of await model.readFactors()) {
           const facts = options.modules[module]!;
           const expectedA = tensors.get(`lora-da.${label}.${module}.lora_A`);
@@ -94,7 +106,10 @@ for (const name of folders) {
           // The harsh folder says how far float32 statistics alone move the result; five times that is allowed where it is more than 1e-3.
           const productLimit = Math.max(1e-3, 5 * (facts.float32ProductError ?? 0));
           const angleLimit = Math.max(1e-3, 5 * (facts.float32Angle ?? 0));
-          const product = relativeError(matrixProduct(b, a, options.rank), matrixProduct(expectedB, expectedA, options.rank));
+          const product = relativeError(
+            matrixProduct(b, a, options.rank),
+            matrixProduct(expectedB, expectedA, options.rank),
+          );
           assert.ok(product < productLimit, `${label} ${module}: B·A is off by ${product}`);
           if (facts.relativeGap < 1e-3 && facts.float32Angle === undefined) continue;
           const angle = rowSpaceAngle(a, expectedA, options.rank);
@@ -114,13 +129,29 @@ for (const name of folders) {
           const pair = [rows[(2 * i) % rows.length]!, rows[(2 * i + 1) % rows.length]!];
           // One batch or two micro-batches, kept or recomputed activations: the step is the same.
           const batches = i % 2 ? [batch(pair)] : pair.map((row) => batch([row]));
-          const result = await trainStep(model, batches, step.learningRate, options.weightDecay, i + 1, i % 3 ? 'none' : 'layer');
+          const result = await trainStep(
+            model,
+            batches,
+            step.learningRate,
+            options.weightDecay,
+            i + 1,
+            i % 3 ? 'none' : 'layer',
+          );
           assert.ok(Math.abs(result.loss / step.loss - 1) < 1e-4, `step ${i + 1}: loss ${result.loss}`);
-          assert.ok(Math.abs(result.gradNorm / step.gradNorm - 1) < 1e-3, `step ${i + 1}: gradient norm ${result.gradNorm}`);
+          assert.ok(
+            Math.abs(result.gradNorm / step.gradNorm - 1) < 1e-3,
+            `step ${i + 1}: gradient norm ${result.gradNorm}`,
+          );
         }
         for (const { module, a, b } of await model.readFactors()) {
-          for (const [factor, values] of [['lora_A', a], ['lora_B', b]] as const) {
-            const error = relativeError(values, tensors.get(`trajectory.${label}.base_model.model.${module}.${factor}.weight`));
+          for (const [factor, values] of [
+            ['lora_A', a],
+            ['lora_B', b],
+          ] as const) {
+            const error = relativeError(
+              values,
+              tensors.get(`trajectory.${label}.base_model.model.${module}.${factor}.weight`),
+            );
             assert.ok(error < 2e-3, `${module} ${factor}: ${error}`);
           }
         }
@@ -156,10 +187,13 @@ describe('the same weights in other files', () => {
     ['llama-bf16', 2e-2], // the weights themselves are rounded
   ] as const) {
     const directory = join(referenceRoot, name);
-    test(`${name} gives the losses of llama-tied`, { skip: existsSync(directory) ? false : 'the reference folder is not here' }, async () => {
+    test(`${name} gives the losses of llama-tied`, {
+      skip: existsSync(directory) ? false : 'the reference folder is not here',
+    }, async () => {
       const { model, rows, expected, batch } = await loadReference(directory, join(referenceRoot, 'llama-tied'));
       const { losses } = await model.evaluate(batch(rows));
-      for (const [i, loss] of losses.entries()) assert.ok(Math.abs(loss / expected.loss[i]! - 1) < tolerance, `sequence ${i}: ${loss}`);
+      for (const [i, loss] of losses.entries())
+        assert.ok(Math.abs(loss / expected.loss[i]! - 1) < tolerance, `sequence ${i}: ${loss}`);
       await model.dispose();
     });
   }

@@ -17,13 +17,27 @@ function runFolder(steps: number): string {
     tokensPerSecond: 50,
   }));
   writeFileSync(join(folder, 'metrics.jsonl'), lines.map((line) => `${JSON.stringify(line)}\n`).join(''));
-  writeFileSync(join(folder, 'config.json'), JSON.stringify({ model: '/models/</title><script>alert(1)</script>', data: '<b>x</b>' }));
+  writeFileSync(
+    join(folder, 'config.json'),
+    JSON.stringify({ model: '/models/</title><script>alert(1)</script>', data: '<b>x</b>' }),
+  );
   const evaluation = { step: 0, epoch: 0, loss: 2.5, perplexity: 12.2, labelTokens: 99, seconds: 1 };
   writeFileSync(join(folder, 'evaluations.jsonl'), `${JSON.stringify(evaluation)}\n`);
-  const module = { rank: 8, conditionNumber: 1e5, medianOutputOverDamping: 0.5, sigma: 3, gap: null, relativeGap: 0.1, eigenvalues: [] };
+  const module = {
+    rank: 8,
+    conditionNumber: 1e5,
+    medianOutputOverDamping: 0.5,
+    sigma: 3,
+    gap: null,
+    relativeGap: 0.1,
+    eigenvalues: [],
+  };
   const modules = [0, 1].map((layer) => ({ module: `model.layers.${layer}.self_attn.q_proj`, ...module }));
   const options = { tokenMask: 'attention', damping: 1e-6, gamma: 1024 };
-  writeFileSync(join(folder, 'initialization.json'), JSON.stringify({ method: 'lora-da', options, samples: 4, modules, collectSeconds: 1, solveSeconds: 1 }));
+  writeFileSync(
+    join(folder, 'initialization.json'),
+    JSON.stringify({ method: 'lora-da', options, samples: 4, modules, collectSeconds: 1, solveSeconds: 1 }),
+  );
   return folder;
 }
 

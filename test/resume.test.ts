@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { before, test } from 'node:test';
 import { setTimeout } from 'node:timers/promises';
 import { Random } from '../lib/random';
-import { startCli, runCli } from './run_cli';
+import { runCli, startCli } from './run_cli';
 import { temporaryFolder, writeTinyData, writeTinyModel } from './tiny_folder';
 
 const folder = temporaryFolder();
@@ -17,7 +17,18 @@ const slow = { env: { FAKE_STEP_MS: '35' } };
 const steps = 40;
 
 const base = ['--model', model, '--data', data, '--eval-data', evalData, '--batch-size', '4', '--grad-accum', '2'];
-const training = ['--max-steps', String(steps), '--lr', '0.05', '--eval-steps', '7', '--save-steps', '5', '--rank', '2'];
+const training = [
+  '--max-steps',
+  String(steps),
+  '--lr',
+  '0.05',
+  '--eval-steps',
+  '7',
+  '--save-steps',
+  '5',
+  '--rank',
+  '2',
+];
 const trainInto = (out: string, ...more: string[]) => ['train', ...base, ...training, '--out', out, ...more];
 
 before(async () => {
@@ -43,7 +54,10 @@ function assertSameRun(out: string): void {
     assert.deepEqual(timeless(join(out, name)), timeless(join(straight, name)), name);
   }
   assert.ok(existsSync(join(out, 'report.html')));
-  assert.deepEqual(readdirSync(join(out, 'checkpoints')).filter((name) => name.startsWith('.')), []);
+  assert.deepEqual(
+    readdirSync(join(out, 'checkpoints')).filter((name) => name.startsWith('.')),
+    [],
+  );
 }
 
 test('a run killed at random moments ends in the bytes of one that never stopped', { timeout: 120_000 }, async () => {
@@ -65,7 +79,9 @@ test('a run killed at random moments ends in the bytes of one that never stopped
   assertSameRun(out);
 });
 
-test('SIGINT saves a checkpoint and exits 130; the run resumed from it ends the same', { timeout: 60_000 }, async () => {
+test('SIGINT saves a checkpoint and exits 130; the run resumed from it ends the same', {
+  timeout: 60_000,
+}, async () => {
   const out = join(folder, 'interrupted');
   const { child, ended } = startCli(trainInto(out), slow);
   while (!existsSync(join(out, 'checkpoints/step-00000005'))) await setTimeout(10);

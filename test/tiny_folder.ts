@@ -35,7 +35,10 @@ export async function writeTinyModel(folder: string): Promise<string> {
   mkdirSync(folder, { recursive: true });
   writeFileSync(join(folder, 'config.json'), JSON.stringify(tinyConfig));
   const tensors = [...expectedTensors(decoderSpec(tinyConfig))].map(([name, shape], n) => {
-    const data = Float32Array.from({ length: shape.reduce((a, b) => a * b, 1) }, (_, i) => Math.sin(i * 0.37 + n) * 0.1);
+    const data = Float32Array.from(
+      { length: shape.reduce((a, b) => a * b, 1) },
+      (_, i) => Math.sin(i * 0.37 + n) * 0.1,
+    );
     return { name, shape, data };
   });
   await writeSafetensors(join(folder, 'model.safetensors'), tensors);

@@ -35,7 +35,9 @@ const lines = <T>(path: string) =>
     .map((line) => JSON.parse(line) as T);
 
 /** Trains and tells what the core was given. */
-async function recordSteps(options: Partial<TrainerOptions>): Promise<{ batches: NativeBatch[]; options: NativeStepOptions }[]> {
+async function recordSteps(
+  options: Partial<TrainerOptions>,
+): Promise<{ batches: NativeBatch[]; options: NativeStepOptions }[]> {
   const model = await newModel();
   const steps: { batches: NativeBatch[]; options: NativeStepOptions }[] = [];
   const original = model.native.trainStep.bind(model.native);
@@ -50,7 +52,11 @@ async function recordSteps(options: Partial<TrainerOptions>): Promise<{ batches:
 test('a step gets gradAccum micro-batches of batchSize rows; the last group of an epoch may be incomplete', async () => {
   const steps = await recordSteps({ batchSize: 4, gradAccum: 2, epochs: 2 });
   const sizes = steps.map(({ batches }) => batches.map((batch) => batch.sequenceStarts.length - 1));
-  const epoch = [[4, 4], [4, 4], [4, 1]];
+  const epoch = [
+    [4, 4],
+    [4, 4],
+    [4, 1],
+  ];
   assert.deepEqual(sizes, [...epoch, ...epoch]);
 });
 
@@ -62,9 +68,22 @@ test('maxSteps goes over the data as often as it takes, in file order without sh
 });
 
 test('the optimizer gets its constants, the schedule and the step number', async () => {
-  const steps = await recordSteps({ maxSteps: 4, warmupSteps: 2, learningRate: 1, scheduler: 'linear', weightDecay: 0.1, maxGradNorm: 2 });
-  assert.deepEqual(steps.map(({ options }) => options.learningRate), [0, 0.5, 1, 0.5]);
-  assert.deepEqual(steps.map(({ options }) => options.step), [1, 2, 3, 4]);
+  const steps = await recordSteps({
+    maxSteps: 4,
+    warmupSteps: 2,
+    learningRate: 1,
+    scheduler: 'linear',
+    weightDecay: 0.1,
+    maxGradNorm: 2,
+  });
+  assert.deepEqual(
+    steps.map(({ options }) => options.learningRate),
+    [0, 0.5, 1, 0.5],
+  );
+  assert.deepEqual(
+    steps.map(({ options }) => options.step),
+    [1, 2, 3, 4],
+  );
   const { beta1, beta2, epsilon, weightDecay, maxGradNorm, recompute } = steps[0]!.options;
   assert.deepEqual([beta1, beta2, epsilon, weightDecay, maxGradNorm, recompute], [0.9, 0.999, 1e-8, 0.1, 2, 'none']);
 });
@@ -86,25 +105,64 @@ test('the next step is with the engine before the last one is read', async () =>
 test('the run folder holds adapter, metrics, evaluations, configuration, report and checkpoints', async () => {
   const out = join(folder, 'run');
   const model = await newModel();
-  const trainer = new Trainer(model, { data, evalData, out, maxSteps: 10, evalSteps: 4, saveSteps: 3, keepCheckpoints: 2, learningRate: 0.05 });
+  const trainer = new Trainer(model, {
+    data,
+    evalData,
+    out,
+    maxSteps: 10,
+    evalSteps: 4,
+    saveSteps: 3,
+    keepCheckpoints: 2,
+    learningRate: 0.05,
+  });
   const events: string[] = [];
   trainer.on('checkpoint', ({ step }) => events.push(`checkpoint ${step}`));
   trainer.on('evaluation', ({ step }) => events.push(`evaluation ${step}`));
   const result = await trainer.train();
 
   assert.deepEqual(readdirSync(out).sort(), [
-    'adapter_config.json', 'adapter_model.safetensors', 'checkpoints', 'config.json', 'evaluations.jsonl',
-    'initialization.json', 'metrics.jsonl', 'report.html',
+    'adapter_config.json',
+    'adapter_model.safetensors',
+    'checkpoints',
+    'config.json',
+    'evaluations.jsonl',
+    'initialization.json',
+    'metrics.jsonl',
+    'report.html',
   ]);
   const metrics = lines<StepMetrics>(join(out, 'metrics.jsonl'));
-  assert.deepEqual(metrics.map(({ step }) => step), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
-  assert.deepEqual(Object.keys(metrics[0]!), ['step', 'epoch', 'loss', 'gradNorm', 'learningRate', 'tokens', 'tokensPerSecond']);
-  assert.equal(metrics[2]!.epoch, 1);
-  assert.deepEqual(lines<{ step: number }>(join(out, 'evaluations.jsonl')).map(({ step }) => step), [0, 4, 8, 10]);
-  assert.deepEqual(events, [
-    'checkpoint 0', 'evaluation 0', 'checkpoint 3', 'evaluation 4', 'checkpoint 6', 'evaluation 8', 'checkpoint 9', 'evaluation 10', 'checkpoint 10',
+  assert.deepEqual(
+    metrics.map(({ step }) => step),
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+  );
+  assert.deepEqual(Object.keys(metrics[0]!), [
+    'step',
+    'epoch',
+    'loss',
+    'gradNorm',
+    'learningRate',
+    'tokens',
+    'tokensPerSecond',
   ]);
-  const kept = readdirSync(join(out, 'checkpoints')).filter((name) => name.startsWith('step')).sort();
+  assert.equal(metrics[2]!.epoch, 1);
+  assert.deepEqual(
+    lines<{ step: number }>(join(out, 'evaluations.jsonl')).map(({ step }) => step),
+    [0, 4, 8, 10],
+  );
+  assert.deepEqual(events, [
+    'checkpoint 0',
+    'evaluation 0',
+    'checkpoint 3',
+    'evaluation 4',
+    'checkpoint 6',
+    'evaluation 8',
+    'checkpoint 9',
+    'evaluation 10',
+    'checkpoint 10',
+  ]);
+  const kept = readdirSync(join(out, 'checkpoints'))
+    .filter((name) => name.startsWith('step'))
+    .sort();
   assert.deepEqual(kept, ['step-00000009', 'step-00000010']);
   assert.equal(result.steps, 10);
   assert.equal(result.reason, 'finished');
@@ -121,7 +179,15 @@ test('early stop ends the run after evaluations without a better loss and keeps 
       const loss = losses.shift()!;
       return { loss, perplexity: Math.exp(loss), labelTokens: 1 };
     };
-    const result = await new Trainer(model, { data, evalData, out, maxSteps: 20, evalSteps: 2, earlyStop: 2, learningRate: 0.1 }).train();
+    const result = await new Trainer(model, {
+      data,
+      evalData,
+      out,
+      maxSteps: 20,
+      evalSteps: 2,
+      earlyStop: 2,
+      learningRate: 0.1,
+    }).train();
     assert.equal(result.reason, 'early-stop');
     assert.equal(result.steps, 8);
     assert.deepEqual(result.evaluation!.best, { step: 4, loss: 3 });
@@ -162,7 +228,10 @@ test('a folder that holds a run is refused, unless it is to go on', async () => 
   const out = join(folder, 'twice');
   const model = await newModel();
   await new Trainer(model, { data, out, maxSteps: 2 }).train();
-  await assert.rejects(new Trainer(model, { data, out, maxSteps: 2 }).train(), { code: 'INVALID_ARGUMENT', message: /already holds a run/ });
+  await assert.rejects(new Trainer(model, { data, out, maxSteps: 2 }).train(), {
+    code: 'INVALID_ARGUMENT',
+    message: /already holds a run/,
+  });
   const result = await new Trainer(model, { data, out, maxSteps: 2, resume: true }).train();
   assert.equal(result.steps, 2);
 });
@@ -182,7 +251,10 @@ test('an output folder that cannot be written is refused before the long work', 
 test('an adapter that was never started is refused', async () => {
   const model = await CausalLM.load(join(folder, 'model'));
   model.addLora();
-  await assert.rejects(new Trainer(model, { data, maxSteps: 1 }).train(), { code: 'INVALID_ARGUMENT', message: /initialize/ });
+  await assert.rejects(new Trainer(model, { data, maxSteps: 1 }).train(), {
+    code: 'INVALID_ARGUMENT',
+    message: /initialize/,
+  });
 });
 
 test('options that do not go together are refused', async () => {
@@ -212,7 +284,10 @@ test('the initialization looks at the first rows, in file order, whole', async (
     return original(batches, options, onProgress);
   };
   const report = await adapter.initialize({ method: 'lora-da', samples: 3 }, data);
-  assert.deepEqual(Array.from(seen[0]!.inputIds), [0, 1, 2].flatMap((row) => Array.from(data.row(row).inputIds)));
+  assert.deepEqual(
+    Array.from(seen[0]!.inputIds),
+    [0, 1, 2].flatMap((row) => Array.from(data.row(row).inputIds)),
+  );
   assert.equal(population, data.length);
   assert.equal(report.samples, 3);
   assert.equal(report.modules.length, adapter.modules.length);

@@ -62,7 +62,14 @@
     }
   }
 
-  const line = (label, stroke, extra) => ({ label, stroke, width: 1.6, spanGaps: true, value: (_, v) => short(v), ...extra });
+  const line = (label, stroke, extra) => ({
+    label,
+    stroke,
+    width: 1.6,
+    spanGaps: true,
+    value: (_, v) => short(v),
+    ...extra,
+  });
   const { steps, evaluations } = data;
 
   // Steps and evaluations share one x axis: their sorted union.
@@ -78,7 +85,12 @@
     height: 320,
     sync: 'steps',
     xLabel: 'step',
-    values: [at, align(steps.step, steps.loss), align(steps.step, steps.smoothLoss), align(evaluations.step, evaluations.loss)],
+    values: [
+      at,
+      align(steps.step, steps.loss),
+      align(steps.step, steps.smoothLoss),
+      align(evaluations.step, evaluations.loss),
+    ],
     series: () => [
       line('training loss', color('--faint'), { width: 1, points: { show: false } }),
       line('training loss, smoothed', seriesColor(0), { width: 2, points: { show: false } }),
@@ -112,7 +124,8 @@
       xRange: (_, low, high) => [low - 0.3, high + 0.3],
       xAxis: { incrs: [1, 2, 4, 5, 8, 10, 20] },
       values: [layers, ...rows.map((row) => row.map((value) => (value > 0 ? value : null)))],
-      series: () => names.map((name, i) => line(name, seriesColor(i), { points: { show: layers.length < 60, size: 5 } })),
+      series: () =>
+        names.map((name, i) => line(name, seriesColor(i), { points: { show: layers.length < 60, size: 5 } })),
     });
   }
 

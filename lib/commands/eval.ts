@@ -20,7 +20,9 @@ export async function evaluate(given: Record<string, unknown>, context: CommandC
         print(`row ${i + 1}: loss ${row.loss.toFixed(6)}, ${row.labelTokens} label tokens`);
       });
     }
-    print(`loss ${loss.toFixed(6)}, perplexity ${perplexity.toFixed(4)}, ${labelTokens} label tokens in ${data.length} rows`);
+    print(
+      `loss ${loss.toFixed(6)}, perplexity ${perplexity.toFixed(4)}, ${labelTokens} label tokens in ${data.length} rows`,
+    );
     return { loss, perplexity, labelTokens, perExample };
   });
 }

@@ -11,7 +11,11 @@ const parsers: Record<'number' | 'text' | 'modules' | 'ids', (text: string) => u
 const names = (text: string) => text.split(',').map((name) => name.trim());
 
 /** Options whose flag is not just their name in kebab-case. */
-const flagNames: Record<string, string> = { learningRate: '--lr', shuffle: '--no-shuffle', normalizeDelta: '--no-normalize-delta' };
+const flagNames: Record<string, string> = {
+  learningRate: '--lr',
+  shuffle: '--no-shuffle',
+  normalizeDelta: '--no-normalize-delta',
+};
 
 /** `batchSize` → `--batch-size`: what an option is called on the command line. */
 export function flagOf(key: string): string {

@@ -13,7 +13,10 @@ export async function generate(given: Record<string, unknown>, context: CommandC
   const sources = ['prompt', 'messages', 'raw', 'inputIds'].filter((key) => key in given);
   if (sources.length !== 1) {
     const received = sources.length === 0 ? 'none' : sources.map(flagOf).join(' and ');
-    throw new LoraDaError('INVALID_ARGUMENT', `Expected one of --prompt, --messages, --raw and --input-ids but received ${received}`);
+    throw new LoraDaError(
+      'INVALID_ARGUMENT',
+      `Expected one of --prompt, --messages, --raw and --input-ids but received ${received}`,
+    );
   }
   const messages = config.messages === undefined ? undefined : await readMessages(config.messages);
   return withModel(config, context, async (model) => {

@@ -7,7 +7,9 @@ export async function info(_given: Record<string, unknown>, { print }: CommandCo
   const version = (require('../../package.json') as { version: string }).version;
   const found = nativeInfo();
   print(`lora-da ${version}, core ${found.version}, Node ${process.versions.node}`);
-  print(`CPU: ${found.isa}, ${found.threads} threads, ${found.bfloat16 ? 'multiplies bfloat16' : 'no bfloat16 products'}`);
+  print(
+    `CPU: ${found.isa}, ${found.threads} threads, ${found.bfloat16 ? 'multiplies bfloat16' : 'no bfloat16 products'}`,
+  );
   for (const { name, usable, reason } of found.devices) {
     print(`Device ${name}: ${usable ? 'usable' : 'not usable'}${reason ? ` (${reason})` : ''}`);
   }
@@ -20,6 +22,8 @@ function nativeInfo(): NativeInfo {
   try {
     return native().info();
   } catch (error) {
-    throw new LoraDaError('INTERNAL', `The native add-on cannot be loaded: ${(error as Error).message}`, { cause: error });
+    throw new LoraDaError('INTERNAL', `The native add-on cannot be loaded: ${(error as Error).message}`, {
+      cause: error,
+    });
   }
 }

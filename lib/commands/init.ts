@@ -1,5 +1,5 @@
-import { initSchema, parseOptions } from '../config';
 import { expected } from '../arguments';
+import { initSchema, parseOptions } from '../config';
 import { LoraDaError } from '../errors';
 import { type ModuleReport, needsData, summarizeInitialization } from '../initializations';
 import { checkWritable, namesIn, runFiles } from '../run_folder';
@@ -41,7 +41,7 @@ export async function init(given: Record<string, unknown>, context: CommandConte
     await data?.dispose();
     await adapter.save(config.out);
     context.progress.end();
-    for (const line of table(report.modules)) context.print(line);
+    if (collects) for (const line of table(report.modules)) context.print(line);
     context.print(summarizeInitialization(report));
     context.print(`Adapter: ${config.out}`);
     return { ...report, out: config.out };
@@ -59,7 +59,9 @@ const columns: { head: string; cell: (module: ModuleReport) => string }[] = [
 function table(modules: ModuleReport[]): string[] {
   const rows = [columns.map(({ head }) => head), ...modules.map((module) => columns.map(({ cell }) => cell(module)))];
   const widths = columns.map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
-  return rows.map((row) => row.map((cell, i) => (i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!))).join('  '));
+  return rows.map((row) =>
+    row.map((cell, i) => (i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!))).join('  '),
+  );
 }
 
 function figure(value: number | null): string {

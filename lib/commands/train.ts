@@ -22,7 +22,8 @@ export async function train(given: Record<string, unknown>, context: CommandCont
   return withModel(config, context, async (model) => {
     const adapter = await addAdapter(model, config, resolved.given);
     const data = await loadData(config.data, config, model, context);
-    const evalData = config.evalData === undefined ? undefined : await loadData(config.evalData, config, model, context);
+    const evalData =
+      config.evalData === undefined ? undefined : await loadData(config.evalData, config, model, context);
     try {
       const trainer = makeTrainer(model, adapter, config, data, evalData);
       if (config.dryRun) return await dryRun(model, trainer, config, { data, evalData }, context);
@@ -40,7 +41,10 @@ type Config = TrainConfig & { init: string };
 function startOf({ init, adapter }: TrainConfig): string {
   if (adapter === undefined) return init ?? 'lora-da';
   if (init !== undefined && init !== keepFactors) {
-    throw new LoraDaError('INVALID_ARGUMENT', `Expected none for --init, as --adapter gives the start, but received ${JSON.stringify(init)}`);
+    throw new LoraDaError(
+      'INVALID_ARGUMENT',
+      `Expected none for --init, as --adapter gives the start, but received ${JSON.stringify(init)}`,
+    );
   }
   return keepFactors;
 }
@@ -50,7 +54,10 @@ async function addAdapter(model: CausalLM, config: Config, given: Set<string>): 
   const adapter = await model.loadAdapter(config.adapter);
   for (const key of ['rank', 'alpha', 'rslora'] as const) {
     if (given.has(key) && config[key] !== adapter[key]) {
-      throw new LoraDaError('INVALID_ARGUMENT', `Expected ${adapter[key]} for ${flagOf(key)}, as ${config.adapter} says, but received ${config[key]}`);
+      throw new LoraDaError(
+        'INVALID_ARGUMENT',
+        `Expected ${adapter[key]} for ${flagOf(key)}, as ${config.adapter} says, but received ${config[key]}`,
+      );
     }
   }
   return adapter;
@@ -64,16 +71,48 @@ function makeTrainer(
   evalData: Dataset | undefined,
 ): Trainer {
   const training = pick(config, [
-    ...(['batchSize', 'gradAccum', 'epochs', 'maxSteps', 'learningRate', 'scheduler', 'warmupSteps', 'warmupRatio'] as const),
-    ...(['weightDecay', 'maxGradNorm', 'seed', 'shuffle', 'evalSteps', 'earlyStop', 'saveSteps', 'keepCheckpoints'] as const),
+    ...([
+      'batchSize',
+      'gradAccum',
+      'epochs',
+      'maxSteps',
+      'learningRate',
+      'scheduler',
+      'warmupSteps',
+      'warmupRatio',
+    ] as const),
+    ...([
+      'weightDecay',
+      'maxGradNorm',
+      'seed',
+      'shuffle',
+      'evalSteps',
+      'earlyStop',
+      'saveSteps',
+      'keepCheckpoints',
+    ] as const),
     ...(['recompute', 'out', 'resume'] as const),
   ]);
   const initialize = initializationOf(config, data);
-  return new Trainer(model, { ...training, data, evalData, initialize, config: asResolved(model, adapter, config, initialize) });
+  return new Trainer(model, {
+    ...training,
+    data,
+    evalData,
+    initialize,
+    config: asResolved(model, adapter, config, initialize),
+  });
 }
 
 function initializationOf(config: Config, data: Dataset): InitializationOptions {
-  const statistics = pick(config, ['samples', 'tokenMask', 'varianceWeight', 'biasWeight', 'gamma', 'damping', 'normalizeDelta']);
+  const statistics = pick(config, [
+    'samples',
+    'tokenMask',
+    'varianceWeight',
+    'biasWeight',
+    'gamma',
+    'damping',
+    'normalizeDelta',
+  ]);
   return {
     method: config.init,
     ...statistics,
@@ -144,20 +183,37 @@ function followTrainer(trainer: Trainer, { progress }: CommandContext): void {
     progress.update(done);
   });
   trainer.on('evaluation', ({ step, loss, perplexity, best }) =>
-    line(`Step ${step}: held-out loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)}${best && step > 0 ? ' (best)' : ''}`),
+    line(
+      `Step ${step}: held-out loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)}${best && step > 0 ? ' (best)' : ''}`,
+    ),
   );
   trainer.on('warning', (text) => line(`Warning: ${text}`));
 }
 
-function summaryLines({ steps, epochs, loss, tokens, seconds, reason, evaluation, initialization, out, report }: TrainResult): string[] {
+function summaryLines({
+  steps,
+  epochs,
+  loss,
+  tokens,
+  seconds,
+  reason,
+  evaluation,
+  initialization,
+  out,
+  report,
+}: TrainResult): string[] {
   const lines: string[] = [];
   if (initialization) lines.push(`Initialization: ${summarizeInitialization(initialization)}`);
   const end = reason === 'early-stop' ? ', stopped early,' : '';
   const last = loss === null ? '' : `; last step's loss ${loss.toFixed(4)}`;
-  lines.push(`Trained ${steps} steps (${epochs.toFixed(2)} epochs)${end} with ${tokens} tokens in ${formatDuration(seconds)}${last}`);
+  lines.push(
+    `Trained ${steps} steps (${epochs.toFixed(2)} epochs)${end} with ${tokens} tokens in ${formatDuration(seconds)}${last}`,
+  );
   if (evaluation) {
     const { first, last: final, best } = evaluation;
-    lines.push(`Held-out loss ${first.loss.toFixed(4)} → ${final.loss.toFixed(4)} (perplexity ${first.perplexity.toFixed(3)} → ${final.perplexity.toFixed(3)}); best ${best.loss.toFixed(4)} at step ${best.step}`);
+    lines.push(
+      `Held-out loss ${first.loss.toFixed(4)} → ${final.loss.toFixed(4)} (perplexity ${first.perplexity.toFixed(3)} → ${final.perplexity.toFixed(3)}); best ${best.loss.toFixed(4)} at step ${best.step}`,
+    );
   }
   lines.push(`Adapter: ${out}`, `Report: ${report}`);
   return lines;
@@ -174,8 +230,12 @@ async function dryRun(
   const estimate = await estimateRun(model, trainer, data, { samples, evalData });
   const { memory, seconds } = estimate;
   const size = (bytes: number) => `${(bytes / 2 ** 20).toFixed(0)} MiB`;
-  print(`Memory  ${size(memory.total)}: weights ${size(memory.weights)}, activations ${size(memory.activations)}, adapters ${size(memory.adapters)}, workspace ${size(memory.workspace)}`);
-  print(`Time    ${formatDuration(seconds.total)}: initialization ${formatDuration(seconds.initialization)}, training ${formatDuration(seconds.training)}, evaluation ${formatDuration(seconds.evaluation)} (${Math.round(estimate.tokensPerSecond)} tokens/s in a short step)`);
+  print(
+    `Memory  ${size(memory.total)}: weights ${size(memory.weights)}, activations ${size(memory.activations)}, adapters ${size(memory.adapters)}, workspace ${size(memory.workspace)}`,
+  );
+  print(
+    `Time    ${formatDuration(seconds.total)}: initialization ${formatDuration(seconds.initialization)}, training ${formatDuration(seconds.training)}, evaluation ${formatDuration(seconds.evaluation)} (${Math.round(estimate.tokensPerSecond)} tokens/s in a short step)`,
+  );
   print(`Work    ${estimate.steps} steps over ${estimate.rows} rows, ${estimate.tokens} tokens`);
   return estimate;
 }

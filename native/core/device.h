@@ -29,7 +29,9 @@ struct Matrix {
   int64_t stride = 0;
 
   template <class T>
-  T* as() const { return static_cast<T*>(data); }
+  T* as() const {
+    return static_cast<T*>(data);
+  }
   Matrix columns(int64_t first, int64_t count) const {
     return {static_cast<char*>(data) + first * static_cast<int64_t>(sizeOf(dtype)), dtype, rows, count, stride};
   }
@@ -68,15 +70,15 @@ struct WeightUses {
 
 // The sequences of a packed batch: sequence s has rows [starts[s], starts[s+1]); rows from starts[count] on are padding.
 struct Sequences {
-  const int32_t* starts = nullptr;   // device memory, count + 1 entries
-  std::vector<int32_t> hostStarts;   // the same on the host
+  const int32_t* starts = nullptr;  // device memory, count + 1 entries
+  std::vector<int32_t> hostStarts;  // the same on the host
   int32_t count() const { return static_cast<int32_t>(hostStarts.size()) - 1; }
 };
 
 struct Rotary {
   const float* cos = nullptr;  // [positions, pairs], device memory; attention scaling folded in
   const float* sin = nullptr;
-  int64_t pairs = 0;           // rotary dimension / 2; the pair of element i is i + pairs; elements from 2*pairs on pass unchanged
+  int64_t pairs = 0;  // rotary dimension / 2; the pair of element i is i + pairs; elements from 2*pairs on pass unchanged
 };
 
 // Optional RMSNorm over each head before the rotation (Qwen3).
@@ -87,10 +89,10 @@ struct HeadNorm {
 
 struct AttentionShape {
   int32_t heads = 0;
-  int32_t kvHeads = 0;   // heads % kvHeads == 0; query head h reads key head h / (heads / kvHeads)
+  int32_t kvHeads = 0;  // heads % kvHeads == 0; query head h reads key head h / (heads / kvHeads)
   int32_t headDim = 0;
-  float scale = 1;       // softmax(scale * q k^T)
-  int32_t window = 0;    // 0: causal; else a query at p sees keys p-window+1 .. p
+  float scale = 1;     // softmax(scale * q k^T)
+  int32_t window = 0;  // 0: causal; else a query at p sees keys p-window+1 .. p
 };
 
 enum class Activation { silu, geluTanh, gelu };
@@ -136,9 +138,9 @@ class Device {
   // --- products -----------------------------------------------------------------------------------------------
   // One weight from `parts`, modules that read the same input, stacked along their outputs: W [sum of rows, in].
   virtual std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) = 0;
-  // y [T, out] = x [T, in] W^T + bias + down up. `bias` [out] float32 or null. `down` [T, k] and `up` [k, out] are the LoRA term, in
-  // the compute type, or null; the factors of stacked modules lie in `up` block by block with zeros elsewhere. x is in
-  // the compute type, y in the compute type or float32.
+  // y [T, out] = x [T, in] W^T + bias + down up. `bias` [out] float32 or null. `down` [T, k] and `up` [k, out] are the LoRA term,
+  // in the compute type, or null; the factors of stacked modules lie in `up` block by block with zeros elsewhere. x is in the
+  // compute type, y in the compute type or float32.
   virtual void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
                       const Matrix& y) = 0;
   // dx [T, in] = dy [T, out] W, or += with `accumulate`. dy is in the compute type, dx in the compute type or float32.
@@ -205,13 +207,13 @@ class Device {
   // --- optimizer ----------------------------------------------------------------------------------------------
   // norm[0] = L2 norm of all gradients, summed in double in a fixed order.
   virtual void gradNorm(const std::vector<Parameter>& parameters, double* norm) = 0;
-  // One AdamW update with gradients scaled by min(1, maxGradNorm / (norm + 1e-6)); refreshes shadows. Does nothing where `norm` or `loss` is
-  // not finite, so that the last good factors survive.
+  // One AdamW update with gradients scaled by min(1, maxGradNorm / (norm + 1e-6)); refreshes shadows. Does nothing where `norm`
+  // or `loss` is not finite, so that the last good factors survive.
   virtual void adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm, const double* loss) = 0;
 
-  // --- dense float64 algebra of the initializations (arrays are row-major and contiguous; symmetric ones hold both triangles) ---
-  // a [n, n] = its Cholesky factor in the lower triangle (upper undefined). Returns 0, or the 1-based order of the first minor that is
-  // not positive: a host answer, since what follows depends on it (not used inside a step).
+  // --- dense float64 algebra of the initializations (arrays are row-major and contiguous; symmetric ones hold both triangles)
+  // --- a [n, n] = its Cholesky factor in the lower triangle (upper undefined). Returns 0, or the 1-based order of the first
+  // minor that is not positive: a host answer, since what follows depends on it (not used inside a step).
   virtual int64_t choleskyFactor(double* a, int64_t n) = 0;
   // b [n, m] = (L L^T)^-1 b.
   virtual void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) = 0;
@@ -219,15 +221,16 @@ class Device {
   virtual void choleskyInverse(double* a, int64_t n) = 0;
   // c [n, n] = alpha a a^T (+ beta c), a [n, m]; both triangles.
   virtual void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) = 0;
-  // The `count` smallest eigenpairs of the symmetric a [n, n] (destroyed): values [count] ascending, vectors [count, n], a row each.
+  // The `count` smallest eigenpairs of the symmetric a [n, n] (destroyed): values [count] ascending, vectors [count, n], a row
+  // each.
   virtual void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) = 0;
 };
 
 struct DeviceOptions {
   std::string device = "auto";  // auto | cpu | cuda[:i]
   DType computeType = DType::f32;
-  int threads = 0;              // 0: physical cores
-  size_t packBudget = 0;        // bytes that packed copies of weights may take
+  int threads = 0;        // 0: physical cores
+  size_t packBudget = 0;  // bytes that packed copies of weights may take
 };
 
 // Makes the device asked for; throws Error(deviceUnavailable) saying why it cannot be had.

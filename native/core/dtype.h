@@ -56,7 +56,8 @@ inline float f16ToFloat(uint16_t bits) {
     value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // mantissa * 2^-24
     return sign ? -value : value;
   }
-  const uint32_t wide = exponent == 31 ? sign | 0x7f800000u | (mantissa << 13) : sign | ((exponent + 112u) << 23) | (mantissa << 13);
+  const uint32_t wide =
+      exponent == 31 ? sign | 0x7f800000u | (mantissa << 13) : sign | ((exponent + 112u) << 23) | (mantissa << 13);
   std::memcpy(&value, &wide, sizeof value);
   return value;
 }

@@ -1,5 +1,5 @@
-// A file mapped for reading. Reading pages that are no longer there (the file was cut while mapped) raises SIGBUS, which would end
-// the process: a handler puts zeros in the place of the missing page and remembers it, so that truncated() tells afterwards.
+// A file mapped for reading. Reading pages that are no longer there (the file was cut while mapped) raises SIGBUS, which would
+// end the process: a handler puts zeros in the place of the missing page and remembers it, so that truncated() tells afterwards.
 #pragma once
 
 #include <atomic>

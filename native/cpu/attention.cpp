@@ -1,8 +1,8 @@
 // Attention of the CPU device: tasks of one query head over one sequence, long sequences in chunks of queries, the largest first.
 //
-// Forward tasks are independent. Backward tasks each keep their own part of dk and dv, float32 in scratch memory, and the parts of a key
-// head (its query heads, their chunks) are then added in that order. How work is cut depends on lengths alone, so results have the same
-// bits for any number of threads.
+// Forward tasks are independent. Backward tasks each keep their own part of dk and dv, float32 in scratch memory, and the parts
+// of a key head (its query heads, their chunks) are then added in that order. How work is cut depends on lengths alone, so
+// results have the same bits for any number of threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -92,10 +92,12 @@ void require(bool condition, const char* message) {
 }
 
 void requireShape(const AttentionShape& shape, const Matrix& q, const Matrix& k) {
-  require(shape.kvHeads > 0 && shape.heads % shape.kvHeads == 0, "attention: the number of heads is not a multiple of that of key heads");
+  require(shape.kvHeads > 0 && shape.heads % shape.kvHeads == 0,
+          "attention: the number of heads is not a multiple of that of key heads");
   require(shape.headDim > 0 && shape.headDim <= maxHeadDim, "attention: unsupported head dimension");
   require(q.cols == int64_t{shape.heads} * shape.headDim && k.cols == int64_t{shape.kvHeads} * shape.headDim,
           "attention: columns differ from heads * headDim");
+  require(shape.scale > 0, "attention: the scale is not positive");
   require(q.dtype == DType::f32 || q.dtype == DType::bf16, "attention takes float32 and bfloat16");
 }
 
@@ -105,13 +107,16 @@ int64_t chunksOf(const std::vector<int32_t>& starts, int64_t chunk) {
   return chunks;
 }
 
-constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+constexpr size_t aligned(size_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
 
 }  // namespace
 
 void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, const Sequences& sequences,
                           const AttentionShape& shape, const Matrix& out, float* lse) {
   requireShape(shape, q, k);
+  const TypedKernels& typed = q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32;
   const std::vector<int32_t>& starts = sequences.hostStarts;
   const int64_t taskCount = chunksOf(starts, forwardChunk) * shape.heads;
 
@@ -126,7 +131,7 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
       }
     }
   };
-  overTasks([&](const Task& task) { floats = std::max(floats, kernels_.attentionScratch(headOf(task, q, k, v, shape))); });
+  overTasks([&](const Task& task) { floats = std::max(floats, typed.attentionScratch(headOf(task, q, k, v, shape))); });
   const size_t threadBytes = aligned(static_cast<size_t>(floats) * sizeof(float));
   char* memory = static_cast<char*>(scratch(taskBytes + threadBytes * static_cast<size_t>(threads_)));
   Task* tasks = reinterpret_cast<Task*>(memory);
@@ -134,13 +139,12 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
   overTasks([&](const Task& task) { *next++ = task; });
   std::sort(tasks, tasks + taskCount, largerFirst);
 
-  const auto attentionHead = (q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).attentionHead;
 #pragma omp parallel for num_threads(threads_) schedule(dynamic, 1)
   for (int64_t i = 0; i < taskCount; ++i) {
     const Task& task = tasks[i];
     float* own = reinterpret_cast<float*>(memory + taskBytes + threadBytes * static_cast<size_t>(omp_get_thread_num()));
-    attentionHead(headOf(task, q, k, v, shape), at(out, task.firstRow, int64_t{task.head} * shape.headDim), out.stride,
-                  lse + task.firstRow * shape.heads + task.head, shape.heads, own);
+    typed.attentionHead(headOf(task, q, k, v, shape), at(out, task.firstRow, int64_t{task.head} * shape.headDim), out.stride,
+                        lse + task.firstRow * shape.heads + task.head, shape.heads, own);
   }
 
   const int64_t padding = starts.empty() ? 0 : starts.back();
@@ -179,7 +183,7 @@ struct GradPlan {
   int64_t partFloats(const Task& task) const { return attentionGradRows(head(task)) * attentionRowWidth(shape.headDim); }
 
   struct Wave {
-    int64_t end = 0;    // of its key heads
+    int64_t end = 0;  // of its key heads
     int64_t tasks = 0;
     int64_t parts = 0;  // floats
   };
@@ -230,10 +234,11 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
                               const Matrix& dout, const Sequences& sequences, const AttentionShape& shape, const Matrix& dq,
                               const Matrix& dk, const Matrix& dv) {
   requireShape(shape, q, k);
+  const TypedKernels& typed = q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32;
   const GradPlan plan{q, k, v, sequences, shape};
 
-  // Scratch: a wave's key heads, its tasks in the order in which parts are added, the same sorted by cost, its parts, and each thread's
-  // working memory, which the task with the most keys sizes.
+  // Scratch: a wave's key heads, its tasks in the order in which parts are added, the same sorted by cost, its parts, and each
+  // thread's working memory, which the task with the most keys sizes.
   GradPlan::Wave largest;
   int64_t mostKeyHeads = 0, floats = 0;
   for (int64_t first = 0; first < plan.keyHeads();) {
@@ -243,21 +248,21 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
     mostKeyHeads = std::max(mostKeyHeads, wave.end - first);
     for (; first < wave.end; ++first) {
       plan.overTasks(plan.keyHead(first),
-                     [&](const Task& task) { floats = std::max(floats, kernels_.attentionGradScratch(plan.head(task))); });
+                     [&](const Task& task) { floats = std::max(floats, typed.attentionGradScratch(plan.head(task))); });
     }
   }
   const size_t keyHeadBytes = aligned(static_cast<size_t>(mostKeyHeads) * sizeof(KeyHead));
   const size_t taskBytes = aligned(static_cast<size_t>(largest.tasks) * sizeof(Task));
   const size_t partBytes = aligned(static_cast<size_t>(largest.parts) * sizeof(float));
   const size_t threadBytes = aligned(static_cast<size_t>(floats) * sizeof(float));
-  char* memory = static_cast<char*>(scratch(keyHeadBytes + 2 * taskBytes + partBytes + threadBytes * static_cast<size_t>(threads_)));
+  char* memory =
+      static_cast<char*>(scratch(keyHeadBytes + 2 * taskBytes + partBytes + threadBytes * static_cast<size_t>(threads_)));
   KeyHead* keyHeads = reinterpret_cast<KeyHead*>(memory);
   Task* tasks = reinterpret_cast<Task*>(memory + keyHeadBytes);
   Task* sorted = reinterpret_cast<Task*>(memory + keyHeadBytes + taskBytes);
   float* parts = reinterpret_cast<float*>(memory + keyHeadBytes + 2 * taskBytes);
   char* working = memory + keyHeadBytes + 2 * taskBytes + partBytes;
 
-  const auto attentionHeadGrad = (q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).attentionHeadGrad;
   const PartSum partSum{kernels_, tasks, parts, shape.headDim};
   for (int64_t first = 0; first < plan.keyHeads();) {
     const GradPlan::Wave wave = plan.waveFrom(first);
@@ -284,9 +289,9 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
         const Task& task = sorted[i];
         const int64_t column = int64_t{task.head} * shape.headDim;
         float* part = parts + task.part;
-        attentionHeadGrad(plan.head(task), at(out, task.firstRow, column), at(dout, task.firstRow, column), out.stride, dout.stride,
-                          lse + task.firstRow * shape.heads + task.head, shape.heads, at(dq, task.firstRow, column), dq.stride, part,
-                          part + plan.partFloats(task), own);
+        typed.attentionHeadGrad(plan.head(task), at(out, task.firstRow, column), at(dout, task.firstRow, column), out.stride,
+                                dout.stride, lse + task.firstRow * shape.heads + task.head, shape.heads,
+                                at(dq, task.firstRow, column), dq.stride, part, part + plan.partFloats(task), own);
       }
       for (int64_t i = 0; i < keyHeadCount; ++i) {
 #pragma omp for schedule(static) nowait
@@ -313,8 +318,8 @@ void CpuDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matri
   for (int32_t h = 0; h < shape.heads; ++h) {
     const int64_t column = int64_t{h} * shape.headDim, kvColumn = int64_t{h / group} * shape.headDim;
     float* scores = reinterpret_cast<float*>(memory + scoreBytes * static_cast<size_t>(omp_get_thread_num()));
-    attentionCachedHead(at(q, 0, column), at(keys, 0, kvColumn), keys.stride, at(values, 0, kvColumn), values.stride, keys.rows, shape,
-                        at(out, 0, column), scores);
+    attentionCachedHead(at(q, 0, column), at(keys, 0, kvColumn), keys.stride, at(values, 0, kvColumn), values.stride, keys.rows,
+                        shape, at(out, 0, column), scores);
   }
 }
 

@@ -34,7 +34,8 @@ class CpuDevice : public Device {
   void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
               const Matrix& y) override;
   void linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) override;
-  void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c) override;
+  void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
+              const Matrix& c) override;
   void secondMoment(const Matrix& x, const Matrix& z) override;
 
   // elementwise.cpp

@@ -69,8 +69,9 @@ constexpr size_t kLapackBlock = 64;
 void orthonormalize(double* vectors, int count, int n) {
   for (int i = 0; i < count; ++i) {
     double* row = vectors + static_cast<size_t>(i) * static_cast<size_t>(n);
-    for (const double* earlier = vectors; earlier < row; earlier += n)
+    for (const double* earlier = vectors; earlier < row; earlier += n) {
       cblas_daxpy(n, -cblas_ddot(n, row, 1, earlier, 1), earlier, 1, row, 1);
+    }
     cblas_dscal(n, 1 / cblas_dnrm2(n, row, 1), row, 1);
   }
 }

@@ -24,14 +24,17 @@ const TypedKernels& of(const Kernels& kernels, DType type) {
   throw Error(code::internal, std::string("elementwise operations take float32 and bfloat16, not ") + nameOf(type));
 }
 
-char* rowOf(const Matrix& m, int64_t i) { return m.as<char>() + i * m.stride * static_cast<int64_t>(sizeOf(m.dtype)); }
-float* floatRow(const Matrix& m, int64_t i) { return m.as<float>() + i * m.stride; }
+char* rowOf(const Matrix& m, int64_t i) {
+  return m.as<char>() + i * m.stride * static_cast<int64_t>(sizeOf(m.dtype));
+}
+float* floatRow(const Matrix& m, int64_t i) {
+  return m.as<float>() + i * m.stride;
+}
 
 void requireHeadDim(int32_t headDim, int64_t pairs) {
   if (headDim < 1 || headDim > maxHeadDim || 2 * pairs > headDim) {
-    throw Error(code::invalidArgument, "Expected a head dimension from 1 to " + std::to_string(maxHeadDim) +
-                                           " that holds 2 * " + std::to_string(pairs) + " rotary elements but received " +
-                                           std::to_string(headDim));
+    throw Error(code::invalidArgument, "Expected a head dimension from 1 to " + std::to_string(maxHeadDim) + " that holds 2 * " +
+                                           std::to_string(pairs) + " rotary elements but received " + std::to_string(headDim));
   }
 }
 
@@ -116,13 +119,13 @@ void CpuDevice::gatedMlp(const Matrix& gateUp, Activation activation, const Matr
 void CpuDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) {
   const auto gatedMlpGrad = of(kernels_, dh.dtype).gatedMlpGrad;
   const Matrix up = gateUp.columns(dh.cols, dh.cols);
-  overRows(dh.rows, threads_, [&](int64_t i) { gatedMlpGrad(rowOf(gateUp, i), rowOf(up, i), activation, rowOf(dh, i), dh.cols); });
+  overRows(dh.rows, threads_,
+           [&](int64_t i) { gatedMlpGrad(rowOf(gateUp, i), rowOf(up, i), activation, rowOf(dh, i), dh.cols); });
 }
 
 void CpuDevice::gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) {
-  overRows(y.rows, threads_, [&](int64_t i) {
-    std::memcpy(floatRow(y, i), floatRow(x, index[i]), static_cast<size_t>(y.cols) * sizeof(float));
-  });
+  overRows(y.rows, threads_,
+           [&](int64_t i) { std::memcpy(floatRow(y, i), floatRow(x, index[i]), static_cast<size_t>(y.cols) * sizeof(float)); });
 }
 
 void CpuDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) {

@@ -21,7 +21,9 @@ float readFloat(const HostTensor& tensor, int64_t index) {
     case DType::f32: return readAt<float>(tensor.data, index);
     case DType::bf16: return bf16ToFloat(readAt<uint16_t>(tensor.data, index));
     case DType::f16: return f16ToFloat(readAt<uint16_t>(tensor.data, index));
-    default: throw Error(code::invalidTensor, "tensor " + tensor.name + " has type " + nameOf(tensor.dtype) + ", expected F32, F16 or BF16");
+    default:
+      throw Error(code::invalidTensor,
+                  "tensor " + tensor.name + " has type " + nameOf(tensor.dtype) + ", expected F32, F16 or BF16");
   }
 }
 
@@ -38,8 +40,10 @@ void CpuDevice::convertFromFile(const HostTensor& tensor, void* target) {
   for (int64_t row = 0; row < tensor.rows; ++row) {
     for (int64_t i = row * tensor.cols; i < (row + 1) * tensor.cols; ++i) {
       const float value = readFloat(tensor, i);
-      if (computeType_ == DType::bf16) static_cast<uint16_t*>(target)[i] = floatToBf16(value);
-      else static_cast<float*>(target)[i] = value;
+      if (computeType_ == DType::bf16)
+        static_cast<uint16_t*>(target)[i] = floatToBf16(value);
+      else
+        static_cast<float*>(target)[i] = value;
     }
   }
 }

@@ -10,7 +10,9 @@ namespace {
 
 constexpr int64_t chunkRows = 128;
 
-size_t roundUp(size_t bytes) { return (bytes + 63) / 64 * 64; }
+size_t roundUp(size_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
 
 }  // namespace
 

@@ -12,7 +12,9 @@ inline dnnl::matmul::primitive_desc matmulDescription(const dnnl::engine& engine
   return bias ? dnnl::matmul::primitive_desc(engine, src, weights, *bias, dst, attr)
               : dnnl::matmul::primitive_desc(engine, src, weights, dst, attr);
 }
-inline void appendScale(dnnl::post_ops& ops, float alpha) { ops.append_eltwise(dnnl::algorithm::eltwise_linear, alpha, 0.0f); }
+inline void appendScale(dnnl::post_ops& ops, float alpha) {
+  ops.append_eltwise(dnnl::algorithm::eltwise_linear, alpha, 0.0f);
+}
 #else
 inline dnnl::matmul::primitive_desc matmulDescription(const dnnl::engine& engine, const dnnl::memory::desc& src,
                                                       const dnnl::memory::desc& weights, const dnnl::memory::desc* bias,
@@ -20,7 +22,9 @@ inline dnnl::matmul::primitive_desc matmulDescription(const dnnl::engine& engine
   const auto description = bias ? dnnl::matmul::desc(src, weights, *bias, dst) : dnnl::matmul::desc(src, weights, dst);
   return dnnl::matmul::primitive_desc(description, attr, engine);
 }
-inline void appendScale(dnnl::post_ops& ops, float alpha) { ops.append_eltwise(1.0f, dnnl::algorithm::eltwise_linear, alpha, 0.0f); }
+inline void appendScale(dnnl::post_ops& ops, float alpha) {
+  ops.append_eltwise(1.0f, dnnl::algorithm::eltwise_linear, alpha, 0.0f);
+}
 #endif
 
 }  // namespace lora_da::cpu

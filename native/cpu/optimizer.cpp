@@ -1,5 +1,5 @@
-// Gradient norm and AdamW over a list of parameters, cut into chunks that do not depend on the number of threads: the norm is summed
-// per chunk and then in the order of the chunks.
+// Gradient norm and AdamW over a list of parameters, cut into chunks that do not depend on the number of threads: the norm is
+// summed per chunk and then in the order of the chunks.
 #include <omp.h>
 
 #include <cmath>
@@ -12,7 +12,9 @@ namespace {
 
 constexpr int64_t chunkSize = 8192;
 
-int64_t chunksOf(const Parameter& parameter) { return (parameter.count + chunkSize - 1) / chunkSize; }
+int64_t chunksOf(const Parameter& parameter) {
+  return (parameter.count + chunkSize - 1) / chunkSize;
+}
 
 int64_t chunksOf(const std::vector<Parameter>& parameters) {
   int64_t chunks = 0;

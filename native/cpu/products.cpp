@@ -16,11 +16,13 @@ namespace {
 
 using dnnl::memory;
 
-// The row count that packed layouts are chosen for. oneDNN's blocked layouts depend on K and N; its products accept them for any row
-// count, one row (decoding) included.
+// The row count that packed layouts are chosen for. oneDNN's blocked layouts depend on K and N; its products accept them for any
+// row count, one row (decoding) included.
 constexpr int64_t typicalRows = 512;
 
-memory::data_type typeOf(DType type) { return type == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32; }
+memory::data_type typeOf(DType type) {
+  return type == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+}
 
 memory::desc rowMajor(int64_t rows, int64_t cols, int64_t stride, DType type) {
   return memory::desc({rows, cols}, typeOf(type), memory::dims{stride, 1});
@@ -56,8 +58,9 @@ size_t ProductKeyHash::operator()(const ProductKey& key) const {
   mix(static_cast<uint64_t>(key.m));
   mix(static_cast<uint64_t>(key.n));
   mix(static_cast<uint64_t>(key.k));
-  mix(static_cast<uint64_t>(key.inputs) | static_cast<uint64_t>(key.output) << 4 | static_cast<uint64_t>(key.leftTransposed) << 8 |
-      static_cast<uint64_t>(key.right) << 9 | static_cast<uint64_t>(key.accumulate) << 12 | static_cast<uint64_t>(key.bias) << 13);
+  mix(static_cast<uint64_t>(key.inputs) | static_cast<uint64_t>(key.output) << 4 |
+      static_cast<uint64_t>(key.leftTransposed) << 8 | static_cast<uint64_t>(key.right) << 9 |
+      static_cast<uint64_t>(key.accumulate) << 12 | static_cast<uint64_t>(key.bias) << 13);
   return hash;
 }
 
@@ -79,7 +82,9 @@ memory::desc Products::packedDescription(int64_t k, int64_t n, DType type) {
       .weights_desc();
 }
 
-size_t Products::packedBytes(int64_t k, int64_t n, DType type) { return packedDescription(k, n, type).get_size(); }
+size_t Products::packedBytes(int64_t k, int64_t n, DType type) {
+  return packedDescription(k, n, type).get_size();
+}
 
 void Products::pack(int64_t k, int64_t n, DType type, const void* source, Layout sourceLayout, void* packed) {
   const auto from = sourceLayout == Layout::rowMajor ? rowMajor(k, n, n, type) : columnMajor(k, n, k, type);
@@ -99,7 +104,8 @@ Products::Entry& Products::entry(const ProductKey& key) {
                                                        : rowMajor(key.k, key.n, key.rightStride, key.inputs);
   const auto output = rowMajor(key.m, key.n, key.outputStride, key.output);
   const auto bias = memory::desc({1, key.n}, memory::data_type::f32, memory::dims{key.n, 1});
-  const auto description = matmulDescription(engine_, left, right, key.bias ? &bias : nullptr, output, attributes(key.accumulate, key.alpha));
+  const auto description =
+      matmulDescription(engine_, left, right, key.bias ? &bias : nullptr, output, attributes(key.accumulate, key.alpha));
   slot = std::make_unique<Entry>();
   slot->primitive = dnnl::matmul(description);
   slot->scratchBytes = description.scratchpad_desc().get_size();
@@ -135,7 +141,8 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
   const size_t bytes = static_cast<size_t>(weight->out * weight->in) * elementBytes;
 
   // The row-major matrix: the mapped pages as they are, or a stacked and converted copy.
-  if (parts.size() == 1 && parts.front().dtype == computeType_ && reinterpret_cast<uintptr_t>(parts.front().data) % elementBytes == 0) {
+  if (parts.size() == 1 && parts.front().dtype == computeType_ &&
+      reinterpret_cast<uintptr_t>(parts.front().data) % elementBytes == 0) {
     weight->plain = parts.front().data;
   } else {
     weight->plainOwner = allocate(bytes, "weight " + parts.front().name);
@@ -172,26 +179,30 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
   return weight;
 }
 
-void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up, const Matrix& y) {
+void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+                       const Matrix& y) {
   const auto& w = static_cast<const CpuWeight&>(weight);
   // The LoRA term first: oneDNN then adds the large product to it before it rounds, and y is written once more but never
   // read by a pass of its own.
   if (down) matmul(Transpose::no, *down, Transpose::no, *up, 1.0f, false, y);
   const bool packed = w.packedForward != nullptr;
-  const ProductKey key{x.rows, w.out, w.in, w.dtype, y.dtype, false, packed ? Layout::packed : Layout::transposed, down != nullptr,
-                       bias != nullptr, 1.0f, x.stride, packed ? 0 : w.in, y.stride};
+  const ProductKey key{
+      x.rows,          w.out,           w.in, w.dtype,  y.dtype,           false,   packed ? Layout::packed : Layout::transposed,
+      down != nullptr, bias != nullptr, 1.0f, x.stride, packed ? 0 : w.in, y.stride};
   products_->run(key, x.data, packed ? w.packedForward.get() : w.plain, bias, y.data);
 }
 
 void CpuDevice::linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) {
   const auto& w = static_cast<const CpuWeight&>(weight);
   const bool packed = w.packedInputGrad != nullptr;
-  const ProductKey key{dy.rows, w.in, w.out, w.dtype, dx.dtype, false, packed ? Layout::packed : Layout::rowMajor, accumulate, false,
-                       1.0f, dy.stride, packed ? 0 : w.in, dx.stride};
+  const ProductKey key{
+      dy.rows,    w.in,  w.out, w.dtype,   dx.dtype,          false,    packed ? Layout::packed : Layout::rowMajor,
+      accumulate, false, 1.0f,  dy.stride, packed ? 0 : w.in, dx.stride};
   products_->run(key, dy.data, packed ? w.packedInputGrad.get() : w.plain, nullptr, dx.data);
 }
 
-void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c) {
+void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
+                       const Matrix& c) {
   const int64_t m = c.rows, n = c.cols, k = ta == Transpose::yes ? a.rows : a.cols;
   if (a.dtype == DType::f64) {
     cblas_dgemm(CblasRowMajor, ta == Transpose::yes ? CblasTrans : CblasNoTrans, tb == Transpose::yes ? CblasTrans : CblasNoTrans,
@@ -199,8 +210,19 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
                 b.as<double>(), static_cast<int>(b.stride), accumulate ? 1.0 : 0.0, c.as<double>(), static_cast<int>(c.stride));
     return;
   }
-  const ProductKey key{m, n, k, a.dtype, c.dtype, ta == Transpose::yes, tb == Transpose::yes ? Layout::transposed : Layout::rowMajor,
-                       accumulate, false, alpha, a.stride, b.stride, c.stride};
+  const ProductKey key{m,
+                       n,
+                       k,
+                       a.dtype,
+                       c.dtype,
+                       ta == Transpose::yes,
+                       tb == Transpose::yes ? Layout::transposed : Layout::rowMajor,
+                       accumulate,
+                       false,
+                       alpha,
+                       a.stride,
+                       b.stride,
+                       c.stride};
   products_->run(key, a.data, b.data, nullptr, c.data);
 }
 

@@ -1,5 +1,5 @@
-// What one pass over a few hundred samples tells about every linear module: G, Z and ydiag (DESIGN: gradient, input second moment,
-// diagonal of the output factor), collected together. Modules that read the same input share one Z.
+// What one pass over a few hundred samples tells about every linear module: G, Z and ydiag (DESIGN: gradient, input second
+// moment, diagonal of the output factor), collected together. Modules that read the same input share one Z.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct GroupStatistics {
 class Statistics : public ProjectionObserver {
  public:
   // Collects for the groups marked in `wanted` (an entry per projection) what `needs` names.
-  Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted, InitializerNeeds needs,
-             TokenMask mask);
+  Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted,
+             InitializerNeeds needs, TokenMask mask);
 
   // Call before the pass over each batch.
   void beginBatch(const PackedBatch& batch);

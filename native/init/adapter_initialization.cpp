@@ -12,7 +12,9 @@ double secondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-bool needsSamples(const InitializerNeeds& needs) { return needs.gradient || needs.inputMoment || needs.outputFactor; }
+bool needsSamples(const InitializerNeeds& needs) {
+  return needs.gradient || needs.inputMoment || needs.outputFactor;
+}
 
 }  // namespace
 
@@ -37,7 +39,8 @@ Statistics collectStatistics(Decoder& model, const std::vector<TokenBatch>& batc
 }
 
 AdapterInitializationResult initializeAdapters(Decoder& model, const std::vector<TokenBatch>& batches,
-                                               const AdapterInitialization& initialization, const InitializationProgress& progress) {
+                                               const AdapterInitialization& initialization,
+                                               const InitializationProgress& progress) {
   const Initializer& method = findInitializer(initialization.method);
   LoraSet* lora = model.lora();
   if (!lora) throw Error(code::invalidArgument, "the model has no adapters to initialize");
@@ -45,8 +48,8 @@ AdapterInitializationResult initializeAdapters(Decoder& model, const std::vector
 
   const auto collectStart = std::chrono::steady_clock::now();
   const bool collecting = needsSamples(method.needs);
-  const Statistics statistics =
-      collectStatistics(model, collecting ? batches : std::vector<TokenBatch>(), method.needs, initialization.tokenMask, progress);
+  const Statistics statistics = collectStatistics(model, collecting ? batches : std::vector<TokenBatch>(), method.needs,
+                                                  initialization.tokenMask, progress);
   result.collectSeconds = secondsSince(collectStart);
 
   const auto solveStart = std::chrono::steady_clock::now();

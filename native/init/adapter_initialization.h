@@ -1,4 +1,5 @@
-// Starts a model's adapters with a method of the table: collects what the method needs, computes every module's factors, sets them.
+// Starts a model's adapters with a method of the table: collects what the method needs, computes every module's factors, sets
+// them.
 #pragma once
 
 #include <functional>
@@ -31,9 +32,10 @@ using InitializationProgress = std::function<void(InitializationPhase, int64_t, 
 Statistics collectStatistics(Decoder& model, const std::vector<TokenBatch>& batches, InitializerNeeds needs, TokenMask mask,
                              const InitializationProgress& progress);
 
-// Throws Error(notPositiveDefinite) naming the module, Error(invalidArgument) on samples without labels. The factors change only when all
-// modules succeeded.
+// Throws Error(notPositiveDefinite) naming the module, Error(invalidArgument) on samples without labels. The factors change only
+// when all modules succeeded.
 AdapterInitializationResult initializeAdapters(Decoder& model, const std::vector<TokenBatch>& batches,
-                                               const AdapterInitialization& initialization, const InitializationProgress& progress);
+                                               const AdapterInitialization& initialization,
+                                               const InitializationProgress& progress);
 
 }  // namespace lora_da

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "core/random.h"
 #include "init/input_moment.h"
-#include "init/random.h"
 #include "init/workspace.h"
 
 namespace lora_da {

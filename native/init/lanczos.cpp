@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/error.h"
-#include "init/random.h"
+#include "core/random.h"
 
 namespace lora_da {
 

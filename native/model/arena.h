@@ -1,5 +1,5 @@
-// One block of device memory that a step's buffers are laid out in, front to back. The same layout code runs twice: on a counting arena to
-// learn the size, then on a real one.
+// One block of device memory that a step's buffers are laid out in, front to back. The same layout code runs twice: on a counting
+// arena to learn the size, then on a real one.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,9 @@ class Arena {
     return static_cast<char*>(memory_.get()) + offset;
   }
   template <class T>
-  T* array(int64_t count) { return static_cast<T*>(take(static_cast<size_t>(count) * sizeof(T))); }
+  T* array(int64_t count) {
+    return static_cast<T*>(take(static_cast<size_t>(count) * sizeof(T)));
+  }
   Matrix matrix(DType type, int64_t rows, int64_t cols) {
     return {take(static_cast<size_t>(rows * cols) * sizeOf(type)), type, rows, cols, cols};
   }

@@ -48,7 +48,8 @@ void attentionForward(const LayerContext& c) {
 
   const QkvViews raw = split(spec, projected), rotated = split(spec, kept.qkv);
   const int32_t* positions = c.batch.devicePositions;
-  c.device.rope(raw.q, spec.heads, spec.headDim, normOf(spec, c.weights.queryNorm), c.rotary, positions, rotated.q, kept.queryRstd);
+  c.device.rope(raw.q, spec.heads, spec.headDim, normOf(spec, c.weights.queryNorm), c.rotary, positions, rotated.q,
+                kept.queryRstd);
   c.device.rope(raw.k, spec.kvHeads, spec.headDim, normOf(spec, c.weights.keyNorm), c.rotary, positions, rotated.k, kept.keyRstd);
   if (spec.headNorm) c.device.convert(raw.v, rotated.v);
 
@@ -69,15 +70,18 @@ void attentionBackward(const LayerContext& c) {
 
   c.device.convert(buffers.streamGrad, buffers.branchGrad);
   if (c.observer) c.observer->observe(c.weights.attentionOutput.index, kept.context, buffers.branchGrad);
-  c.weights.attentionOutput.backward(c.device, c.group(1), kept.context, c.down(1), buffers.branchGrad, c.downGrad(1), &buffers.contextGrad);
+  c.weights.attentionOutput.backward(c.device, c.group(1), kept.context, c.down(1), buffers.branchGrad, c.downGrad(1),
+                                     &buffers.contextGrad);
 
   const QkvViews rotated = split(spec, kept.qkv), grad = split(spec, buffers.qkvGrad);
-  c.device.attentionGrad(rotated.q, rotated.k, rotated.v, kept.context, kept.lse, buffers.contextGrad, c.batch.sequences, shapeOf(c),
-                         grad.q, grad.k, grad.v);
+  c.device.attentionGrad(rotated.q, rotated.k, rotated.v, kept.context, kept.lse, buffers.contextGrad, c.batch.sequences,
+                         shapeOf(c), grad.q, grad.k, grad.v);
   const QkvViews raw = split(spec, spec.headNorm ? kept.qkvRaw : kept.qkv);
   const int32_t* positions = c.batch.devicePositions;
-  c.device.ropeGrad(grad.q, raw.q, spec.heads, spec.headDim, normOf(spec, c.weights.queryNorm), c.rotary, positions, kept.queryRstd);
-  c.device.ropeGrad(grad.k, raw.k, spec.kvHeads, spec.headDim, normOf(spec, c.weights.keyNorm), c.rotary, positions, kept.keyRstd);
+  c.device.ropeGrad(grad.q, raw.q, spec.heads, spec.headDim, normOf(spec, c.weights.queryNorm), c.rotary, positions,
+                    kept.queryRstd);
+  c.device.ropeGrad(grad.k, raw.k, spec.kvHeads, spec.headDim, normOf(spec, c.weights.keyNorm), c.rotary, positions,
+                    kept.keyRstd);
 
   c.device.rmsNormApply(input, kept.attentionRstd, normWeight, buffers.normed);
   if (c.observer) c.observer->observe(c.weights.attentionInputs.index, buffers.normed, buffers.qkvGrad);

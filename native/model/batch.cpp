@@ -20,14 +20,18 @@ const T* uploadInto(Device& device, const T* target, const std::vector<T>& value
 
 }  // namespace
 
-int64_t roundRows(int64_t count) { return (count + rowMultiple - 1) / rowMultiple * rowMultiple; }
+int64_t roundRows(int64_t count) {
+  return (count + rowMultiple - 1) / rowMultiple * rowMultiple;
+}
 
 PackedBatch packBatch(const TokenBatch& batch, int64_t vocabSize) {
   PackedBatch packed;
   const auto& starts = batch.sequenceStarts;
   packed.tokens = static_cast<int64_t>(batch.inputIds.size());
-  if (batch.labels.size() != batch.inputIds.size() || starts.size() < 2 || starts.front() != 0 || starts.back() != packed.tokens) {
-    throw Error(code::invalidArgument, "a batch's labels and sequenceStarts do not fit its " + std::to_string(packed.tokens) + " inputIds");
+  if (batch.labels.size() != batch.inputIds.size() || starts.size() < 2 || starts.front() != 0 ||
+      starts.back() != packed.tokens) {
+    throw Error(code::invalidArgument,
+                "a batch's labels and sequenceStarts do not fit its " + std::to_string(packed.tokens) + " inputIds");
   }
   packed.rows = roundRows(packed.tokens);
   packed.ids.assign(static_cast<size_t>(packed.rows), 0);

@@ -21,7 +21,7 @@ struct PackedBatch {
   int64_t tokens = 0;     // rows that belong to a sequence
   int64_t labelRows = 0;  // rows that predict a label
   int64_t paddedLabelRows = 0;
-  int64_t maxLength = 0;  // of a sequence
+  int64_t maxLength = 0;                                     // of a sequence
   std::vector<int32_t> ids, positions, labelIndex, targets;  // [T], [T], [paddedLabelRows] twice
   std::vector<int32_t> labelSequence;                        // [labelRows]: the sequence a label row belongs to
   std::vector<int32_t> labelsPerSequence;

@@ -67,8 +67,10 @@ StepBuffers Decoder::prepareStep(PackedBatch& batch, const LoraSet* lora, const 
 }
 
 LayerContext Decoder::layerContext(const Pass& pass, int64_t layer) {
-  return {*device_, spec_, weights_.layers[static_cast<size_t>(layer)], layer, pass.lora, pass.batch, pass.rotary, pass.buffers,
-          pass.observer, pass.cache};
+  return {*device_,    spec_,        weights_.layers[static_cast<size_t>(layer)],
+          layer,       pass.lora,    pass.batch,
+          pass.rotary, pass.buffers, pass.observer,
+          pass.cache};
 }
 
 void Decoder::forward(const Pass& pass) {
@@ -77,22 +79,23 @@ void Decoder::forward(const Pass& pass) {
   const auto normOf = [](const Buffer& buffer) { return static_cast<const float*>(buffer.get()); };
 
   device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, buffers.inputs[0]);
-  device_->rmsNorm(buffers.inputs[0], nullptr, normOf(weights_.layers[0].attentionNorm), epsilon, buffers.inputs[0], buffers.normed,
-                   buffers.layer(0).attentionRstd);
+  device_->rmsNorm(buffers.inputs[0], nullptr, normOf(weights_.layers[0].attentionNorm), epsilon, buffers.inputs[0],
+                   buffers.normed, buffers.layer(0).attentionRstd);
   for (int64_t layer = 0; layer < spec_.layers; ++layer) {
     checkCancelled();
     const LayerContext context = layerContext(pass, layer);
     LayerActivations& kept = buffers.layer(layer);
     attentionForward(context);
-    device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], &buffers.branch, normOf(context.weights.mlpNorm), epsilon, kept.middle,
-                     buffers.normed, kept.mlpRstd);
+    device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], &buffers.branch, normOf(context.weights.mlpNorm), epsilon,
+                     kept.middle, buffers.normed, kept.mlpRstd);
     mlpForward(context, true);
     if (layer + 1 < spec_.layers) {
       const auto next = static_cast<size_t>(layer + 1);
       device_->rmsNorm(kept.middle, &buffers.branch, normOf(weights_.layers[next].attentionNorm), epsilon, buffers.inputs[next],
                        buffers.normed, buffers.layer(layer + 1).attentionRstd);
     } else {
-      device_->rmsNorm(kept.middle, &buffers.branch, finalNorm(), epsilon, buffers.finalStream, buffers.normed, buffers.finalRstd);
+      device_->rmsNorm(kept.middle, &buffers.branch, finalNorm(), epsilon, buffers.finalStream, buffers.normed,
+                       buffers.finalRstd);
     }
   }
 }
@@ -122,8 +125,8 @@ void Decoder::recomputeLayer(const Pass& pass, int64_t layer) {
   device_->rmsNorm(input, nullptr, static_cast<const float*>(context.weights.attentionNorm.get()), spec_.normEpsilon, input,
                    buffers.normed, kept.attentionRstd);
   attentionForward(context);
-  device_->rmsNorm(input, &buffers.branch, static_cast<const float*>(context.weights.mlpNorm.get()), spec_.normEpsilon, kept.middle,
-                   buffers.normed, kept.mlpRstd);
+  device_->rmsNorm(input, &buffers.branch, static_cast<const float*>(context.weights.mlpNorm.get()), spec_.normEpsilon,
+                   kept.middle, buffers.normed, kept.mlpRstd);
   mlpForward(context, false);
 }
 
@@ -202,7 +205,8 @@ Evaluation Decoder::evaluate(const TokenBatch& tokens) {
   result.labelTokens = batch.labelsPerSequence;
   for (size_t i = 0; i < losses.size(); ++i) result.losses[static_cast<size_t>(batch.labelSequence[i])] += losses[i];
   for (size_t i = 0; i < result.losses.size(); ++i) {
-    result.losses[i] = result.labelTokens[i] ? result.losses[i] / result.labelTokens[i] : std::numeric_limits<double>::quiet_NaN();
+    result.losses[i] =
+        result.labelTokens[i] ? result.losses[i] / result.labelTokens[i] : std::numeric_limits<double>::quiet_NaN();
   }
   return result;
 }
@@ -230,7 +234,8 @@ void Decoder::collectPass(const PackedBatch& source, ProjectionObserver& observe
 }
 
 std::vector<float> Decoder::mergedWeight(const std::string& module) {
-  const std::vector<AdapterFactors> factors = lora_ ? lora_->read(*device_, LoraSet::Array::value) : std::vector<AdapterFactors>();
+  const std::vector<AdapterFactors> factors =
+      lora_ ? lora_->read(*device_, LoraSet::Array::value) : std::vector<AdapterFactors>();
   const auto found = std::find_if(factors.begin(), factors.end(), [&](const AdapterFactors& f) { return f.module == module; });
   if (found == factors.end()) throw Error(code::invalidArgument, "module " + module + " has no adapter");
   std::vector<float> merged = readFloats(files_.tensor(module + ".weight", {found->out, found->in}));

@@ -61,11 +61,13 @@ class Decoder {
   // All groups of linear modules in layer order, as LoraSet indexes them.
   const std::vector<const Projection*>& projections() const { return projections_; }
 
-  // Adapters for the named modules; earlier ones and their optimizer state go. Throws Error(invalidArgument) naming an unknown module.
+  // Adapters for the named modules; earlier ones and their optimizer state go. Throws Error(invalidArgument) naming an unknown
+  // module.
   void addLora(const std::vector<std::string>& modules, int64_t rank, float scaling);
   void removeLora() { lora_.reset(); }
 
-  // One optimizer step over all micro-batches. Throws Error(nonFinite), with the factors as they were, when loss or gradient norm is not finite.
+  // One optimizer step over all micro-batches. Throws Error(nonFinite), with the factors as they were, when loss or gradient norm
+  // is not finite.
   StepResult trainStep(const std::vector<TokenBatch>& batches, const StepOptions& options);
   Evaluation evaluate(const TokenBatch& batch);
   // Every token's logits [tokens, vocabulary].

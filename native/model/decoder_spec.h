@@ -31,10 +31,10 @@ struct DecoderSpec {
   int32_t kvHeads = 0;
   int32_t headDim = 0;
   float normEpsilon = 0;
-  float normOffset = 0;      // added to every norm weight: 1 for Gemma
+  float normOffset = 0;  // added to every norm weight: 1 for Gemma
   float embeddingScale = 1;
   Activation activation = Activation::silu;
-  bool headNorm = false;     // RMSNorm on query and key heads
+  bool headNorm = false;  // RMSNorm on query and key heads
   float attentionScale = 1;
   std::vector<int32_t> windows;           // per layer; 0: full causal attention
   std::vector<float> inverseFrequencies;  // of the rotary pairs
@@ -42,7 +42,7 @@ struct DecoderSpec {
   bool tiedHead = false;
   std::vector<LinearSpec> attentionInputs;  // side by side they write [q | k | v]
   LinearSpec attentionOutput;
-  std::vector<LinearSpec> mlpInputs;        // side by side they write [gate | up]
+  std::vector<LinearSpec> mlpInputs;  // side by side they write [gate | up]
   LinearSpec mlpOutput;
   TensorNames names;
 

@@ -4,7 +4,7 @@
 #include <numeric>
 
 #include "core/error.h"
-#include "init/random.h"
+#include "core/random.h"
 #include "model/decoder.h"
 #include "model/layers.h"
 
@@ -66,7 +66,8 @@ std::vector<int32_t> Decoder::generate(const GenerateOptions& options, const std
   std::vector<int32_t> generated;
   if (options.maxNewTokens <= 0) return generated;
   const auto promptLength = static_cast<int32_t>(options.inputIds.size());
-  PackedBatch prompt = packBatch({options.inputIds, std::vector<int32_t>(options.inputIds.size(), -100), {0, promptLength}}, spec_.vocabSize);
+  PackedBatch prompt =
+      packBatch({options.inputIds, std::vector<int32_t>(options.inputIds.size(), -100), {0, promptLength}}, spec_.vocabSize);
   KvCache cache(*device_, spec_.layers, promptLength + options.maxNewTokens, spec_.kvWidth());
   Random random(options.seed, "sampling");
   std::vector<float> logits = nextLogits(prompt, cache);

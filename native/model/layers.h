@@ -1,8 +1,8 @@
 // The two blocks of a decoder layer, each with its backward.
 //
-// The residual stream enters as buffers.inputs[layer], is buffers.layer(i).middle between the blocks, and each block leaves what it adds in
-// buffers.branch; the add itself is fused into the norm that follows. In backward, buffers.streamGrad holds the gradient of the stream
-// after the block and becomes the gradient before it.
+// The residual stream enters as buffers.inputs[layer], is buffers.layer(i).middle between the blocks, and each block leaves what
+// it adds in buffers.branch; the add itself is fused into the norm that follows. In backward, buffers.streamGrad holds the
+// gradient of the stream after the block and becomes the gradient before it.
 #pragma once
 
 #include "model/batch.h"
@@ -18,12 +18,12 @@ struct LayerContext {
   const DecoderSpec& spec;
   const LayerWeights& weights;
   int64_t layer;
-  const LoraSet* lora;            // null: without adapters
+  const LoraSet* lora;  // null: without adapters
   const PackedBatch& batch;
   Rotary rotary;
   StepBuffers& buffers;
-  ProjectionObserver* observer;   // null outside collection
-  KvCache* cache;                 // null outside generation
+  ProjectionObserver* observer;  // null outside collection
+  KvCache* cache;                // null outside generation
 
   // The adapters at a position in the layer (see groupsPerLayer), or null.
   const LoraGroup* group(size_t position) const {

@@ -51,7 +51,9 @@ std::vector<Parameter> LoraSet::parameters() const {
            static_cast<float*>(secondMoments_.get()), shadows_.get(), count_}};
 }
 
-void LoraSet::zeroGradients(Device& device) const { device.zero(gradients_.get(), static_cast<size_t>(count_) * sizeof(float)); }
+void LoraSet::zeroGradients(Device& device) const {
+  device.zero(gradients_.get(), static_cast<size_t>(count_) * sizeof(float));
+}
 
 void LoraSet::clearOffBlockGradients(Device& device) const {
   for (const LoraGroup& group : groups_) {
@@ -107,7 +109,8 @@ void LoraSet::write(Device& device, Array array, const std::vector<AdapterFactor
       if (found == byModule.end()) throw Error(code::invalidTensor, "no factors for module " + module.module);
       const AdapterFactors& entry = *found->second;
       if (entry.a.size() != static_cast<size_t>(rank_ * group.in) || entry.b.size() != static_cast<size_t>(module.out * rank_)) {
-        throw Error(code::invalidTensor, "factors of module " + module.module + " do not have the shapes of rank " + std::to_string(rank_));
+        throw Error(code::invalidTensor,
+                    "factors of module " + module.module + " do not have the shapes of rank " + std::to_string(rank_));
       }
       const int64_t firstRow = static_cast<int64_t>(block) * rank_;
       std::copy(entry.a.begin(), entry.a.end(), host.begin() + group.aOffset + firstRow * group.in);

@@ -1,5 +1,5 @@
-// The adapters of a model: factors, gradients and optimizer state of all groups in four contiguous arrays, so that clipping and AdamW
-// are one pass each.
+// The adapters of a model: factors, gradients and optimizer state of all groups in four contiguous arrays, so that clipping and
+// AdamW are one pass each.
 //
 // Modules that read the same input form a group. With k = (adapted modules of the group) * rank:
 //   a  [k, in]   the A factors, one below the other: one thin product projects the shared input down for all of them

@@ -23,7 +23,8 @@ void mlpBackward(const LayerContext& c) {
   c.device.convert(buffers.streamGrad, buffers.branchGrad);
   c.device.gatedMlp(kept.gateUp, c.spec.activation, buffers.hidden);
   if (c.observer) c.observer->observe(c.weights.mlpOutput.index, buffers.hidden, buffers.branchGrad);
-  c.weights.mlpOutput.backward(c.device, c.group(3), buffers.hidden, c.down(3), buffers.branchGrad, c.downGrad(3), &buffers.hiddenGrad);
+  c.weights.mlpOutput.backward(c.device, c.group(3), buffers.hidden, c.down(3), buffers.branchGrad, c.downGrad(3),
+                               &buffers.hiddenGrad);
 
   c.device.gatedMlpGrad(kept.gateUp, c.spec.activation, buffers.hiddenGrad);
   c.device.rmsNormApply(kept.middle, kept.mlpRstd, normWeight, buffers.normed);

@@ -33,7 +33,8 @@ struct Projection {
   // y [T, out] = x W^T + bias + down up, where down [T, k] = scaling * x a^T is kept for backward. lora: null without adapters.
   void forward(Device& device, const LoraGroup* lora, const Matrix& x, const Matrix& down, const Matrix& y) const;
 
-  // From dy [T, out]: the factors' gradients are accumulated; dx [T, in] (null: not wanted) is overwritten. ddown [T, k] is scratch.
+  // From dy [T, out]: the factors' gradients are accumulated; dx [T, in] (null: not wanted) is overwritten. ddown [T, k] is
+  // scratch.
   void backward(Device& device, const LoraGroup* lora, const Matrix& x, const Matrix& down, const Matrix& dy, const Matrix& ddown,
                 const Matrix* dx) const;
 };

@@ -34,26 +34,26 @@ struct LayerActivations {
 };
 
 struct StepBuffers {
-  std::vector<Matrix> inputs;             // residual stream entering each layer, float32 [T, H]
-  std::vector<LayerActivations> layers;   // one per layer, or a single one used by all
+  std::vector<Matrix> inputs;            // residual stream entering each layer, float32 [T, H]
+  std::vector<LayerActivations> layers;  // one per layer, or a single one used by all
   // Scratch of forward
-  Matrix normed;                          // [T, H]
-  Matrix branch;                          // what a block adds to the residual stream, float32 [T, H]
-  Matrix hidden;                          // gated product [T, I]
-  Matrix finalStream;                     // residual stream after the last layer, float32 [T, H]
-  float* finalRstd = nullptr;             // [T]
+  Matrix normed;               // [T, H]
+  Matrix branch;               // what a block adds to the residual stream, float32 [T, H]
+  Matrix hidden;               // gated product [T, I]
+  Matrix finalStream;          // residual stream after the last layer, float32 [T, H]
+  float* finalRstd = nullptr;  // [T]
   // Head, over the rows that predict a label
-  Matrix labelNormed;                     // [L, H]
-  float* losses = nullptr;                // [L]
+  Matrix labelNormed;       // [L, H]
+  float* losses = nullptr;  // [L]
   // Backward
-  Matrix labelGrad;                       // [L, H] float32
-  Matrix streamGrad;                      // gradient of the residual stream, float32 [T, H]
-  Matrix branchGrad;                      // the same in the compute type
-  Matrix normedGrad;                      // float32 [T, H]
-  Matrix hiddenGrad;                      // [T, I]
-  Matrix contextGrad;                     // [T, q]
-  Matrix qkvGrad;                         // [T, q + k + v]
-  Matrix downGrad;                        // [T, largest k]
+  Matrix labelGrad;    // [L, H] float32
+  Matrix streamGrad;   // gradient of the residual stream, float32 [T, H]
+  Matrix branchGrad;   // the same in the compute type
+  Matrix normedGrad;   // float32 [T, H]
+  Matrix hiddenGrad;   // [T, I]
+  Matrix contextGrad;  // [T, q]
+  Matrix qkvGrad;      // [T, q + k + v]
+  Matrix downGrad;     // [T, largest k]
 
   LayerActivations& layer(int64_t index) { return layers.size() == 1 ? layers.front() : layers[static_cast<size_t>(index)]; }
 };

@@ -80,8 +80,9 @@ CheckpointFiles::CheckpointFiles(std::vector<TensorSource> tensors) {
     auto& file = files_[tensor.file];
     if (!file) file = std::make_shared<MappedFile>(tensor.file);
     if (tensor.offset > file->size() || tensor.bytes > file->size() - tensor.offset) {
-      throw Error(code::fileTruncated, tensor.file + ": the file ends before tensor " + tensor.name + " does: expected at least " +
-                                           std::to_string(tensor.offset + tensor.bytes) + " bytes, found " + std::to_string(file->size()));
+      throw Error(code::fileTruncated, tensor.file + ": the file ends before tensor " + tensor.name +
+                                           " does: expected at least " + std::to_string(tensor.offset + tensor.bytes) +
+                                           " bytes, found " + std::to_string(file->size()));
     }
     const std::string name = tensor.name;
     tensors_.emplace(name, std::move(tensor));
@@ -95,7 +96,8 @@ HostTensor CheckpointFiles::tensor(const std::string& name, const std::vector<in
   size_t elements = 1;
   for (const int64_t size : shape) elements *= static_cast<size_t>(size);
   if (source.shape != shape || source.bytes != elements * sizeOf(source.dtype)) {
-    throw Error(code::invalidTensor, source.file + ": tensor " + name + " has shape " + describe(source.shape) + ", expected " + describe(shape));
+    throw Error(code::invalidTensor,
+                source.file + ": tensor " + name + " has shape " + describe(source.shape) + ", expected " + describe(shape));
   }
   const auto file = files_.at(source.file);
   HostTensor tensor;
@@ -122,7 +124,8 @@ std::vector<float> readFloats(const HostTensor& tensor) {
     return values;
   }
   if (tensor.dtype != DType::bf16 && tensor.dtype != DType::f16) {
-    throw Error(code::invalidTensor, "tensor " + tensor.name + " has type " + nameOf(tensor.dtype) + ", expected F32, F16 or BF16");
+    throw Error(code::invalidTensor,
+                "tensor " + tensor.name + " has type " + nameOf(tensor.dtype) + ", expected F32, F16 or BF16");
   }
   for (size_t i = 0; i < values.size(); ++i) {
     uint16_t bits;

@@ -41,7 +41,7 @@ struct Problem {
         lse(static_cast<size_t>(rows * chosen.shape.heads), -1.0f) {
     qkv.randomize(random);
     dout.randomize(random);
-    out.randomize(random);   // must be overwritten
+    out.randomize(random);  // must be overwritten
     dqkv.randomize(random);
     sequences.hostStarts = c.starts;
     sequences.starts = sequences.hostStarts.data();
@@ -281,9 +281,11 @@ TEST_CASE("cached attention equals the last row of attention") {
       const Reference reference(p);
       const int64_t length = c.starts.back();
       TestMatrix out(type, 1, p.qCols);
-      device->attentionCached(p.q().rowRange(length - 1, 1), p.k().rowRange(0, length), p.v().rowRange(0, length), c.shape, out.view);
-      CHECK(relativeError(out, [&](int64_t, int64_t j) { return reference.out[static_cast<size_t>((length - 1) * p.qCols + j)]; }) <
-            tolerance(type));
+      device->attentionCached(p.q().rowRange(length - 1, 1), p.k().rowRange(0, length), p.v().rowRange(0, length), c.shape,
+                              out.view);
+      CHECK(relativeError(out, [&](int64_t, int64_t j) {
+              return reference.out[static_cast<size_t>((length - 1) * p.qCols + j)];
+            }) < tolerance(type));
     }
   }
 }

@@ -17,7 +17,8 @@ struct Tensor {
   std::vector<uint16_t> shadow;
   std::vector<double> v, m, s;  // the same in float64: value and moments
 
-  Tensor(size_t count, std::mt19937_64& random) : value(count), grad(count), firstMoment(count), secondMoment(count), shadow(count) {
+  Tensor(size_t count, std::mt19937_64& random)
+      : value(count), grad(count), firstMoment(count), secondMoment(count), shadow(count) {
     std::normal_distribution<double> normal;
     for (float& x : value) x = static_cast<float>(0.1 * normal(random));
     v.assign(value.begin(), value.end());
@@ -146,9 +147,7 @@ TEST_CASE("adamw works without shadows") {
 
 TEST_CASE("adamw changes nothing after a norm or loss that is not finite") {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
-  const struct {
-    double norm, loss;
-  } bad[] = {{nan, 1}, {infinity, 1}, {1, nan}, {1, -infinity}};
+  const struct { double norm, loss; } bad[] = {{nan, 1}, {infinity, 1}, {1, nan}, {1, -infinity}};
   for (const auto& numbers : bad) {
     std::mt19937_64 random(freshSeed());
     Tensor t(100, random);

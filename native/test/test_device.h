@@ -10,17 +10,19 @@
 
 namespace lora_da::test {
 
-inline std::unique_ptr<Device> cpuDevice(DType computeType, int threads = 2) {
+inline std::unique_ptr<Device> cpuDevice(DType computeType, int threads = 2, size_t packBudget = size_t{1} << 30) {
   DeviceOptions options;
   options.device = "cpu";
   options.computeType = computeType;
   options.threads = threads;
-  options.packBudget = size_t{1} << 30;
+  options.packBudget = packBudget;
   return makeDevice(options);
 }
 
 // Fresh numbers each run, so that no test passes for one lucky draw; doctest prints the seed on failure through INFO.
-inline uint64_t freshSeed() { return std::random_device{}(); }
+inline uint64_t freshSeed() {
+  return std::random_device{}();
+}
 
 // A matrix on the device (host memory on the CPU) with its float64 copy, rounded to the device's type first.
 struct TestMatrix {
@@ -32,9 +34,12 @@ struct TestMatrix {
   TestMatrix(DType type, int64_t rows, int64_t cols, int64_t extraStride = 0) {
     const int64_t stride = cols + extraStride;
     exact.assign(static_cast<size_t>(rows * stride), 0.0);
-    if (type == DType::bf16) bf16.assign(static_cast<size_t>(rows * stride), 0);
-    else f32.assign(static_cast<size_t>(rows * stride), 0.0f);
-    view = Matrix{type == DType::bf16 ? static_cast<void*>(bf16.data()) : static_cast<void*>(f32.data()), type, rows, cols, stride};
+    if (type == DType::bf16)
+      bf16.assign(static_cast<size_t>(rows * stride), 0);
+    else
+      f32.assign(static_cast<size_t>(rows * stride), 0.0f);
+    view =
+        Matrix{type == DType::bf16 ? static_cast<void*>(bf16.data()) : static_cast<void*>(f32.data()), type, rows, cols, stride};
   }
   TestMatrix(const TestMatrix&) = delete;
 
@@ -72,6 +77,8 @@ double relativeError(const TestMatrix& actual, Expected expected) {
   return std::sqrt(difference) / std::max(std::sqrt(norm), 1e-30);
 }
 
-inline double tolerance(DType type) { return type == DType::bf16 ? 6e-3 : 3e-6; }
+inline double tolerance(DType type) {
+  return type == DType::bf16 ? 6e-3 : 3e-6;
+}
 
 }  // namespace lora_da::test

@@ -99,7 +99,10 @@ export async function loadReference(directory: string, expectedDirectory = direc
   return {
     model,
     spec,
-    rows: text('inputs.jsonl').trim().split('\n').map((line) => JSON.parse(line) as Row),
+    rows: text('inputs.jsonl')
+      .trim()
+      .split('\n')
+      .map((line) => JSON.parse(line) as Row),
     expected: JSON.parse(text('expected.json')) as Expected,
     tensors: new Tensors(join(expectedDirectory, 'expected.safetensors')),
     batch: batchOf,
@@ -109,7 +112,9 @@ export async function loadReference(directory: string, expectedDirectory = direc
       const stored = new Tensors(join(expectedDirectory, `adapter-${label}`, 'adapter_model.safetensors'));
       const factor = (module: string, name: string) => stored.get(`base_model.model.${module}.${name}.weight`);
       await target.addLora({ rank: options.rank, scaling, modules });
-      await target.writeFactors(modules.map((module) => ({ module, a: factor(module, 'lora_A'), b: factor(module, 'lora_B') })));
+      await target.writeFactors(
+        modules.map((module) => ({ module, a: factor(module, 'lora_A'), b: factor(module, 'lora_B') })),
+      );
     },
   };
 }

@@ -1,4 +1,5 @@
-// Chooses the kernels of the best instruction set that this processor runs. LORA_DA_ISA=baseline|avx2|avx512 lowers the choice, for tests.
+// Chooses the kernels of the best instruction set that this processor runs. LORA_DA_ISA=baseline|avx2|avx512|avx512bf16 lowers
+// the choice, for tests.
 #include <cstdlib>
 #include <cstring>
 
@@ -21,6 +22,11 @@ namespace avx512 {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
 }  // namespace avx512
+
+namespace avx512bf16 {
+void fillElementwise(Kernels& table);
+void fillAttention(Kernels& table);
+}  // namespace avx512bf16
 #endif
 
 namespace {
@@ -35,6 +41,8 @@ struct InstructionSet {
 // Best first; the last runs everywhere.
 constexpr InstructionSet instructionSets[] = {
 #if defined(__x86_64__)
+    {"avx512bf16", [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16"); },
+     avx512bf16::fillElementwise, avx512bf16::fillAttention},
     {"avx512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::fillElementwise, avx512::fillAttention},
     {"avx2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::fillElementwise, avx2::fillAttention},
 #endif

@@ -44,7 +44,8 @@ float rmsNorm(const float* x, const void* residual, const float* weight, float e
 // With n = x rstd and g = dy weight: dx += rstd (g - n mean(g n)).
 void rmsNormGrad(const float* x, float rstd, const float* weight, const float* dy, float* dx, int64_t width) {
   Vec products{};
-  overVectors(width, [&](int64_t i, auto part) { products += load(x + i, part) * (load(dy + i, part) * load(weight + i, part)); });
+  overVectors(width,
+              [&](int64_t i, auto part) { products += load(x + i, part) * (load(dy + i, part) * load(weight + i, part)); });
   const double mean = sumOfLanesDouble(products) / static_cast<double>(width);
   const float slope = static_cast<float>(mean * rstd * rstd);
   overVectors(width, [&](int64_t i, auto part) {
@@ -57,7 +58,8 @@ void rmsNormGrad(const float* x, float rstd, const float* weight, const float* d
 
 // normalized(i, part) gives elements [i, ...) of the head before the rotation.
 template <class T, class Load>
-KERNEL_INLINE void rotateHead(const Load& normalized, const float* cos, const float* sin, int64_t pairs, int32_t headDim, T* out) {
+KERNEL_INLINE void rotateHead(const Load& normalized, const float* cos, const float* sin, int64_t pairs, int32_t headDim,
+                              T* out) {
   overVectors(pairs, [&](int64_t i, auto part) {
     const Vec a = normalized(i, part), b = normalized(i + pairs, part);
     const Vec c = load(cos + i, part), s = load(sin + i, part);
@@ -85,8 +87,8 @@ void rope(const void* in, int32_t heads, int32_t headDim, const float* normWeigh
     });
     const float r = reciprocalRoot(sumOfLanesDouble(squares), headDim, epsilon);
     rstd[h] = r;
-    rotateHead([&](int64_t i, auto part) { return load(x + i, part) * r * load(normWeight + i, part); }, cos, sin, pairs,
-               headDim, y);
+    rotateHead([&](int64_t i, auto part) { return load(x + i, part) * r * load(normWeight + i, part); }, cos, sin, pairs, headDim,
+               y);
   }
 }
 
@@ -292,12 +294,15 @@ float crossEntropy(const float* logits, int32_t target, float scale, void* dlogi
       largest = peak;
     }
     Vec exponentials{};
-    overVectors(count, [&](int64_t i, auto part) { exponentials += keep(expOfNonPositive(load(block + i, part) - largest), part, 0.0f); });
+    overVectors(count, [&](int64_t i, auto part) {
+      exponentials += keep(expOfNonPositive(load(block + i, part) - largest), part, 0.0f);
+    });
     sum += sumOfLanesDouble(exponentials);
   }
   if (T* d = static_cast<T*>(dlogits)) {
     const float share = static_cast<float>(static_cast<double>(scale) / sum);
-    overVectors(vocabulary, [&](int64_t i, auto part) { store(d + i, share * expOfNonPositive(load(logits + i, part) - largest), part); });
+    overVectors(vocabulary,
+                [&](int64_t i, auto part) { store(d + i, share * expOfNonPositive(load(logits + i, part) - largest), part); });
     // In double: where the target is nearly certain, what is left is smaller than float32's rounding of the probability.
     const double weight = static_cast<double>(expOfNonPositive(broadcast(logits[target] - largest))[0]);
     store(d + target, broadcast(static_cast<float>(static_cast<double>(scale) * ((weight - sum) / sum))), Part{1});

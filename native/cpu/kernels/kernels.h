@@ -35,7 +35,9 @@ inline constexpr int64_t attentionTile = 64;
   const int64_t keys = head.firstQuery + head.queryCount - head.firstKey;
   return (keys + attentionTile - 1) / attentionTile * attentionTile;
 }
-[[maybe_unused]] static int64_t attentionRowWidth(int32_t headDim) { return (headDim + 15) / 16 * 16; }
+[[maybe_unused]] static int64_t attentionRowWidth(int32_t headDim) {
+  return (headDim + 15) / 16 * 16;
+}
 
 // T is float or Bf16 (see kernels/vector.h); void* in the table so that one table type serves both.
 struct TypedKernels {
@@ -59,29 +61,31 @@ struct TypedKernels {
   float (*crossEntropy)(const float* logits, int32_t target, float scale, void* dlogits, int64_t vocabulary);
   // See attention_kernels.cpp. out and lse of the head's queries = ; `scratch` has attentionScratch() floats.
   void (*attentionHead)(const AttentionHead& head, void* out, int64_t outStride, float* lse, int64_t lseStride, float* scratch);
-  // dq (compute type) of the head's queries = ; dk, dv (float32) = these queries' part of the gradients of the keys that they see: rows
-  // from firstKey on, attentionGradRows() of them, each attentionRowWidth() long. `scratch` has attentionGradScratch() floats.
+  // dq (compute type) of the head's queries = ; dk, dv (float32) = these queries' part of the gradients of the keys that they
+  // see: rows from firstKey on, attentionGradRows() of them, each attentionRowWidth() long. `scratch` has attentionGradScratch()
+  // floats.
   void (*attentionHeadGrad)(const AttentionHead& head, const void* out, const void* dout, int64_t outStride, int64_t doutStride,
-                            const float* lse, int64_t lseStride, void* dq, int64_t dqStride, float* dk, float* dv, float* scratch);
+                            const float* lse, int64_t lseStride, void* dq, int64_t dqStride, float* dk, float* dv,
+                            float* scratch);
+  int64_t (*attentionScratch)(const AttentionHead& head);      // floats
+  int64_t (*attentionGradScratch)(const AttentionHead& head);  // floats
   // One query row of one head over `length` cached rows; `scratch` has `length` floats.
   void (*attentionCachedHead)(const void* q, const void* keys, int64_t keyStride, const void* values, int64_t valueStride,
                               int64_t length, const AttentionShape& shape, void* out, float* scratch);
 };
 
 struct Kernels {
-  const char* isa;  // "avx512", "avx2", "baseline"
+  const char* isa;  // "avx512bf16", "avx512", "avx2", "baseline"
   TypedKernels f32;
   TypedKernels bf16;
   // dx += gradient of rmsNorm, one row.
   void (*rmsNormGrad)(const float* x, float rstd, const float* weight, const float* dy, float* dx, int64_t width);
-  void (*scaleRow)(float scale, float* x, int64_t count);    // x *= scale
-  void (*addRow)(const float* x, float* y, int64_t count);   // y += x
+  void (*scaleRow)(float scale, float* x, int64_t count);   // x *= scale
+  void (*addRow)(const float* x, float* y, int64_t count);  // y += x
   double (*squaredNorm)(const float* x, int64_t count);
   // One AdamW update of `count` elements; gradient is scaled by gradScale; shadow is bf16 or null.
   void (*adamw)(float* value, const float* grad, float* firstMoment, float* secondMoment, uint16_t* shadow, int64_t count,
                 const AdamWStep& step, float gradScale, float biasCorrection1, float biasCorrection2);
-  int64_t (*attentionScratch)(const AttentionHead& head);      // floats
-  int64_t (*attentionGradScratch)(const AttentionHead& head);  // floats
 };
 
 const Kernels& kernels();  // the best that this processor runs

@@ -4,6 +4,10 @@
 // linked into code that runs on an older one. For the same reason kernels use nothing inline of the standard library.
 #pragma once
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <utility>
 
@@ -45,9 +49,15 @@ KERNEL_INLINE void overVectors(int64_t count, Body body) {
   if (i < count) body(i, Part{static_cast<int>(count - i)});
 }
 
-KERNEL_INLINE Vec broadcast(float x) { return x - Vec{}; }
-KERNEL_INLINE VecBits bitsOf(Vec x) { return reinterpret_cast<VecBits>(x); }
-KERNEL_INLINE Vec fromBits(VecBits x) { return reinterpret_cast<Vec>(x); }
+KERNEL_INLINE Vec broadcast(float x) {
+  return x - Vec{};
+}
+KERNEL_INLINE VecBits bitsOf(Vec x) {
+  return reinterpret_cast<VecBits>(x);
+}
+KERNEL_INLINE Vec fromBits(VecBits x) {
+  return reinterpret_cast<Vec>(x);
+}
 
 KERNEL_INLINE Vec load(const float* p, Whole) {
   Vec v;
@@ -59,7 +69,9 @@ KERNEL_INLINE Vec load(const float* p, Part part) {
   for (int i = 0; i < part.count; ++i) v[i] = p[i];
   return v;
 }
-KERNEL_INLINE Vec widen(VecHalf half) { return fromBits(__builtin_convertvector(half, VecBits) << 16); }
+KERNEL_INLINE Vec widen(VecHalf half) {
+  return fromBits(__builtin_convertvector(half, VecBits) << 16);
+}
 KERNEL_INLINE Vec load(const Bf16* p, Whole) {
   VecHalf half;
   __builtin_memcpy(&half, p, sizeof half);
@@ -73,13 +85,19 @@ KERNEL_INLINE Vec load(const Bf16* p, Part part) {
 
 // Round to nearest even; NaN stays NaN.
 KERNEL_INLINE VecHalf narrow(Vec v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(v));  // subnormal numbers become 0
+#else
   const VecBits bits = bitsOf(v);
   const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const VecBits quiet = bits | 0x400000u;
   return __builtin_convertvector((v == v ? rounded : quiet) >> 16, VecHalf);
+#endif
 }
 
-KERNEL_INLINE void store(float* p, Vec v, Whole) { __builtin_memcpy(p, &v, sizeof v); }
+KERNEL_INLINE void store(float* p, Vec v, Whole) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
 KERNEL_INLINE void store(float* p, Vec v, Part part) {
   for (int i = 0; i < part.count; ++i) p[i] = v[i];
 }
@@ -93,15 +111,21 @@ KERNEL_INLINE void store(Bf16* p, Vec v, Part part) {
 }
 
 // The lanes beyond a Part become `fill`.
-KERNEL_INLINE Vec keep(Vec v, Whole, float) { return v; }
+KERNEL_INLINE Vec keep(Vec v, Whole, float) {
+  return v;
+}
 KERNEL_INLINE Vec keep(Vec v, Part part, float fill) {
   for (int i = part.count; i < lanes; ++i) v[i] = fill;
   return v;
 }
 
 // As the hardware's max and min: `b` where either is NaN.
-KERNEL_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-KERNEL_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+KERNEL_INLINE Vec larger(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+KERNEL_INLINE Vec smaller(Vec a, Vec b) {
+  return a < b ? a : b;
+}
 
 using Lanes = std::make_integer_sequence<int, lanes>;
 
@@ -112,13 +136,17 @@ KERNEL_INLINE Vec exchange(Vec v, std::integer_sequence<int, i...>) {
 }
 template <int step = lanes / 2>
 KERNEL_INLINE float sumOfLanes(Vec v) {
-  if constexpr (step == 0) return v[0];
-  else return sumOfLanes<step / 2>(v + exchange<step>(v, Lanes{}));
+  if constexpr (step == 0)
+    return v[0];
+  else
+    return sumOfLanes<step / 2>(v + exchange<step>(v, Lanes{}));
 }
 template <int step = lanes / 2>
 KERNEL_INLINE float maxOfLanes(Vec v) {
-  if constexpr (step == 0) return v[0];
-  else return maxOfLanes<step / 2>(larger(v, exchange<step>(v, Lanes{})));
+  if constexpr (step == 0)
+    return v[0];
+  else
+    return maxOfLanes<step / 2>(larger(v, exchange<step>(v, Lanes{})));
 }
 
 // a0 b0 a1 b1 ... of the lower or upper halves.
@@ -183,7 +211,9 @@ KERNEL_INLINE Vec exp2Fraction(Vec r) {
   return p * r + 1.0f;
 }
 // p * 2^n where `shifted` is n + roundingMagic: n goes into the exponent's bits.
-KERNEL_INLINE Vec scaleByPower(Vec p, Vec shifted) { return fromBits(bitsOf(p) + (bitsOf(shifted) << 23)); }
+KERNEL_INLINE Vec scaleByPower(Vec p, Vec shifted) {
+  return fromBits(bitsOf(p) + (bitsOf(shifted) << 23));
+}
 
 // 2^x for x <= 0 (softmax after its maximum is subtracted); 0 below 2^-126; NaN stays NaN.
 KERNEL_INLINE Vec exp2OfNonPositive(Vec x) {
@@ -212,7 +242,9 @@ KERNEL_INLINE Vec expOf(Vec x) {
   return x > 88.72283f ? broadcast(__builtin_inff()) : value;
 }
 // The same for x <= 0.
-KERNEL_INLINE Vec expOfNonPositive(Vec x) { return x < -87.336f ? Vec{} : expOfNormal(x); }
+KERNEL_INLINE Vec expOfNonPositive(Vec x) {
+  return x < -87.336f ? Vec{} : expOfNormal(x);
+}
 
 // Clamped where e^x would leave the normal numbers; NaN stays NaN.
 KERNEL_INLINE Vec sigmoid(Vec x) {
@@ -228,7 +260,8 @@ struct Normal {
 KERNEL_INLINE Normal normalDistribution(Vec x) {
   const Vec magnitude = x < 0.0f ? -x : x;
   const Vec gauss = expOfNonPositive(-0.5f * x * x);
-  // erfc(t) exp(t^2), t = |x| / sqrt 2, as a polynomial in 1 / (1 + p t): relative error 6e-8 for t <= 9.5 (fitted; the form is Hastings').
+  // erfc(t) exp(t^2), t = |x| / sqrt 2, as a polynomial in 1 / (1 + p t): relative error 6e-8 for t <= 9.5 (fitted; the form is
+  // Hastings').
   const Vec k = 1.0f / (1.0f + (0.3275911f * 0.70710678f) * magnitude);
   Vec p = -0.14643881f * k + 0.52095580f;
   p = p * k - 0.45295718f;

@@ -1,4 +1,4 @@
-// The random numbers of the initializations: xoshiro256** (Blackman & Vigna 2018), seeded by (seed, module name), so that a
+// Seeded random numbers: xoshiro256** (Blackman & Vigna 2018), seeded by (seed, name of the stream), so that a
 // module's numbers depend neither on the order of the modules nor on the platform's standard library.
 #pragma once
 

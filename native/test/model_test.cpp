@@ -1,0 +1,312 @@
+// The whole decoder on a small random checkpoint: properties that hold whatever the weights are.
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+
+#include "core/error.h"
+#include "fisher/statistics.h"
+#include "init/adapter_initialization.h"
+#include "model/decoder.h"
+#include "test_device.h"
+
+using namespace lora_da;
+using namespace lora_da::test;
+
+namespace {
+
+// A Llama-like decoder with random weights in a file of its own.
+class RandomCheckpoint {
+ public:
+  explicit RandomCheckpoint(uint64_t seed) : random_(seed) {
+    char name[] = "/tmp/lora-da-model-XXXXXX";
+    const int file = mkstemp(name);
+    REQUIRE(file >= 0);
+    close(file);
+    path = name;
+
+    spec.vocabSize = 61;
+    spec.hiddenSize = 24;
+    spec.intermediateSize = 40;
+    spec.layers = 2;
+    spec.heads = 4;
+    spec.kvHeads = 2;
+    spec.headDim = 6;
+    spec.normEpsilon = 1e-5f;
+    spec.attentionScale = 1 / std::sqrt(6.0f);
+    spec.windows = {0, 5};
+    spec.headNorm = true;
+    spec.inverseFrequencies = {1.0f, 0.05f, 0.002f};
+    spec.tiedHead = false;
+    spec.attentionInputs = {{"q_proj", 24, 24, true}, {"k_proj", 12, 24, true}, {"v_proj", 12, 24, true}};
+    spec.attentionOutput = {"o_proj", 24, 24, false};
+    spec.mlpInputs = {{"gate_proj", 40, 24, false}, {"up_proj", 40, 24, false}};
+    spec.mlpOutput = {"down_proj", 24, 40, false};
+    spec.names = {"embed.weight",  "layers.{i}",    "norm1.weight", "norm2.weight",
+                  "q_norm.weight", "k_norm.weight", "norm.weight",  "head.weight"};
+
+    std::ofstream out(path, std::ios::binary);
+    add(out, "embed.weight", {61, 24}, 0, 1);
+    add(out, "head.weight", {61, 24}, 0, 0.4);
+    add(out, "norm.weight", {24}, 1, 0.2);
+    for (int64_t layer = 0; layer < spec.layers; ++layer) {
+      const std::string prefix = spec.layerPrefix(layer);
+      for (const char* norm : {"norm1.weight", "norm2.weight"}) add(out, prefix + norm, {24}, 1, 0.2);
+      for (const char* norm : {"q_norm.weight", "k_norm.weight"}) add(out, prefix + norm, {6}, 1, 0.2);
+      std::vector<LinearSpec> linears = spec.attentionInputs;
+      linears.push_back(spec.attentionOutput);
+      linears.insert(linears.end(), spec.mlpInputs.begin(), spec.mlpInputs.end());
+      linears.push_back(spec.mlpOutput);
+      for (const LinearSpec& linear : linears) {
+        add(out, prefix + linear.name + ".weight", {linear.out, linear.in}, 0, 0.3);
+        if (linear.bias) add(out, prefix + linear.name + ".bias", {linear.out}, 0, 0.1);
+        modules.push_back(prefix + linear.name);
+      }
+    }
+  }
+  ~RandomCheckpoint() { std::remove(path.c_str()); }
+
+  std::unique_ptr<Decoder> load(DType type = DType::f32) const {
+    DeviceOptions options;
+    options.device = "cpu";
+    options.computeType = type;
+    options.threads = 2;
+    options.packBudget = size_t{1} << 28;
+    return std::make_unique<Decoder>(spec, tensors, options, [](int64_t, int64_t) {});
+  }
+
+  std::vector<AdapterFactors> randomFactors(Decoder& model) {
+    std::vector<AdapterFactors> factors = model.lora()->read(model.device(), LoraSet::Array::value);
+    std::normal_distribution<float> normal(0.0f, 0.1f);
+    for (AdapterFactors& entry : factors) {
+      for (float& value : entry.a) value = normal(random_);
+      for (float& value : entry.b) value = normal(random_);
+    }
+    return factors;
+  }
+
+  TokenBatch batch(const std::vector<int32_t>& lengths) {
+    TokenBatch batch;
+    batch.sequenceStarts.push_back(0);
+    for (const int32_t length : lengths) {
+      for (int32_t t = 0; t < length; ++t) {
+        const auto id = static_cast<int32_t>(random_() % 61);
+        batch.inputIds.push_back(id);
+        batch.labels.push_back(t > 1 ? id : -100);
+      }
+      batch.sequenceStarts.push_back(static_cast<int32_t>(batch.inputIds.size()));
+    }
+    return batch;
+  }
+
+  DecoderSpec spec;
+  std::vector<TensorSource> tensors;
+  std::vector<std::string> modules;
+  std::string path;
+
+ private:
+  void add(std::ofstream& out, const std::string& name, const std::vector<int64_t>& shape, double center, double spread) {
+    size_t count = 1;
+    for (const int64_t size : shape) count *= static_cast<size_t>(size);
+    std::normal_distribution<float> normal(static_cast<float>(center), static_cast<float>(spread));
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(random_);
+    tensors.push_back({name, path, DType::f32, shape, static_cast<size_t>(out.tellp()), count * sizeof(float)});
+    out.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)));
+  }
+
+  std::mt19937_64 random_;
+};
+
+StepOptions plainStep(Recompute recompute = Recompute::none) {
+  StepOptions options;
+  options.optimizer.learningRate = 0.01f;
+  options.recompute = recompute;
+  return options;
+}
+
+std::vector<float> flatten(const std::vector<AdapterFactors>& factors) {
+  std::vector<float> values;
+  for (const AdapterFactors& entry : factors) {
+    values.insert(values.end(), entry.a.begin(), entry.a.end());
+    values.insert(values.end(), entry.b.begin(), entry.b.end());
+  }
+  return values;
+}
+
+}  // namespace
+
+TEST_CASE("factor gradients are the slope of the loss") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const auto model = checkpoint.load();
+  model->addLora(checkpoint.modules, 2, 1.5f);
+  const std::vector<AdapterFactors> start = checkpoint.randomFactors(*model);
+  model->lora()->write(model->device(), LoraSet::Array::value, start);
+  const TokenBatch batch = checkpoint.batch({9, 14, 3});
+  const auto loss = [&] {
+    const Evaluation evaluation = model->evaluate(batch);
+    double sum = 0, count = 0;
+    for (size_t i = 0; i < evaluation.losses.size(); ++i) {
+      sum += evaluation.losses[i] * evaluation.labelTokens[i];
+      count += evaluation.labelTokens[i];
+    }
+    return sum / count;
+  };
+  // With beta1 = 0, the first moment after one step is the gradient itself.
+  StepOptions options = plainStep();
+  options.optimizer.beta1 = 0;
+  model->trainStep({batch}, options);
+  const std::vector<AdapterFactors> gradients = model->lora()->read(model->device(), LoraSet::Array::firstMoment);
+
+  for (size_t module = 0; module < start.size(); ++module) {
+    CAPTURE(start[module].module);
+    // Along the gradient of one module's factors the slope is the gradient's squared norm.
+    double squared = 0;
+    for (const float g : gradients[module].a) squared += static_cast<double>(g) * static_cast<double>(g);
+    for (const float g : gradients[module].b) squared += static_cast<double>(g) * static_cast<double>(g);
+    const double step = 2e-3 / std::sqrt(squared);
+    const auto lossAt = [&](double distance) {
+      std::vector<AdapterFactors> moved = start;
+      for (size_t i = 0; i < moved[module].a.size(); ++i)
+        moved[module].a[i] += static_cast<float>(distance) * gradients[module].a[i];
+      for (size_t i = 0; i < moved[module].b.size(); ++i)
+        moved[module].b[i] += static_cast<float>(distance) * gradients[module].b[i];
+      model->lora()->write(model->device(), LoraSet::Array::value, moved);
+      return loss();
+    };
+    const double slope = (lossAt(step) - lossAt(-step)) / (2 * step);
+    CHECK(slope == doctest::Approx(squared).epsilon(0.02));
+  }
+}
+
+TEST_CASE("recomputing layers gives the same bits as keeping activations") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  for (const DType type : {DType::f32, DType::bf16}) {
+    RandomCheckpoint checkpoint(seed);
+    const auto kept = checkpoint.load(type), recomputed = checkpoint.load(type);
+    kept->addLora(checkpoint.modules, 3, 1.0f);
+    recomputed->addLora(checkpoint.modules, 3, 1.0f);
+    const auto start = checkpoint.randomFactors(*kept);
+    kept->lora()->write(kept->device(), LoraSet::Array::value, start);
+    recomputed->lora()->write(recomputed->device(), LoraSet::Array::value, start);
+    const TokenBatch batch = checkpoint.batch({20, 7});
+    const StepResult a = kept->trainStep({batch}, plainStep()), b = recomputed->trainStep({batch}, plainStep(Recompute::layer));
+    CHECK(a.loss == b.loss);
+    CHECK(a.gradNorm == b.gradNorm);
+    CHECK(flatten(kept->lora()->read(kept->device(), LoraSet::Array::value)) ==
+          flatten(recomputed->lora()->read(recomputed->device(), LoraSet::Array::value)));
+  }
+}
+
+TEST_CASE("adapters on some modules only leave the others alone") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const auto model = checkpoint.load();
+  const std::vector<std::string> some = {"layers.0.q_proj", "layers.0.v_proj", "layers.1.down_proj"};
+  model->addLora(some, 2, 1.0f);
+  const auto start = checkpoint.randomFactors(*model);
+  model->lora()->write(model->device(), LoraSet::Array::value, start);
+  for (int step = 0; step < 3; ++step) model->trainStep({checkpoint.batch({11, 5})}, plainStep());
+  const auto trained = model->lora()->read(model->device(), LoraSet::Array::value);
+  REQUIRE(trained.size() == some.size());
+  for (size_t i = 0; i < some.size(); ++i) {
+    CHECK(trained[i].module == some[i]);
+    CHECK(trained[i].a != start[i].a);
+    CHECK(trained[i].b != start[i].b);
+  }
+}
+
+TEST_CASE("an adapter and its merged weights give the same logits") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const auto model = checkpoint.load();
+  model->addLora(checkpoint.modules, 2, 0.8f);
+  const auto factors = checkpoint.randomFactors(*model);
+  model->lora()->write(model->device(), LoraSet::Array::value, factors);
+  const TokenBatch batch = checkpoint.batch({12});
+  const std::vector<float> adapted = model->logits(batch);
+
+  std::fstream file(checkpoint.path, std::ios::binary | std::ios::in | std::ios::out);
+  std::vector<std::pair<std::string, std::vector<float>>> merged;
+  for (const AdapterFactors& entry : factors) merged.emplace_back(entry.module, model->mergedWeight(entry.module));
+  for (const auto& [module, values] : merged) {
+    for (const TensorSource& tensor : checkpoint.tensors) {
+      if (tensor.name != module + ".weight") continue;
+      file.seekp(static_cast<std::streamoff>(tensor.offset));
+      file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
+    }
+  }
+  file.close();
+  const std::vector<float> plain = checkpoint.load()->logits(batch);
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < plain.size(); ++i) {
+    difference += std::pow(static_cast<double>(plain[i]) - static_cast<double>(adapted[i]), 2);
+    norm += std::pow(static_cast<double>(plain[i]), 2);
+  }
+  CHECK(std::sqrt(difference / norm) < 1e-5);
+}
+
+TEST_CASE("generation with the cache continues as the full forward pass says") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const auto model = checkpoint.load();
+  GenerateOptions options;
+  options.inputIds = checkpoint.batch({7}).inputIds;
+  options.maxNewTokens = 9;
+  std::vector<int32_t> seen;
+  const std::vector<int32_t> generated = model->generate(options, [&](int32_t id) { seen.push_back(id); });
+  CHECK(seen == generated);
+  std::vector<int32_t> ids = options.inputIds;
+  for (const int32_t id : generated) {
+    const auto length = static_cast<int32_t>(ids.size());
+    const std::vector<float> logits = model->logits({ids, std::vector<int32_t>(ids.size(), -100), {0, length}});
+    const auto last = logits.end() - checkpoint.spec.vocabSize;
+    CHECK(id == static_cast<int32_t>(std::max_element(last, logits.end()) - last));
+    ids.push_back(id);
+  }
+}
+
+TEST_CASE("a NaN in the factors stops the step and leaves the factors as they were") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const auto model = checkpoint.load();
+  model->addLora(checkpoint.modules, 2, 1.0f);
+  auto factors = checkpoint.randomFactors(*model);
+  factors[0].a[0] = std::numeric_limits<float>::quiet_NaN();
+  model->lora()->write(model->device(), LoraSet::Array::value, factors);
+  CHECK_THROWS_AS(model->trainStep({checkpoint.batch({8})}, plainStep()), Error);
+  const auto after = model->lora()->read(model->device(), LoraSet::Array::value);
+  CHECK(after[1].a == factors[1].a);
+  CHECK(after[1].b == factors[1].b);
+}
+
+TEST_CASE("a checkpoint file cut while it is mapped is an error, not a dead process") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const auto model = checkpoint.load();
+  REQUIRE(truncate(checkpoint.path.c_str(), 64) == 0);
+  try {
+    model->logits(checkpoint.batch({6}));
+    FAIL("expected an error");
+  } catch (const Error& error) {
+    CHECK(error.code() == code::fileTruncated);
+    CHECK(std::string(error.what()).find(checkpoint.path) != std::string::npos);
+  }
+}
+
+TEST_CASE("bad batches are refused") {
+  CHECK_THROWS_AS(packBatch({{1, 99}, {1, 1}, {0, 2}}, 50), Error);
+  CHECK_THROWS_AS(packBatch({{1, 2}, {1, 60}, {0, 2}}, 50), Error);
+  CHECK_THROWS_AS(packBatch({{1, 2}, {1}, {0, 2}}, 50), Error);
+  CHECK_THROWS_AS(packBatch({{1, 2}, {1, 2}, {0, 0, 2}}, 50), Error);
+}
