@@ -7,8 +7,8 @@ import { onDisk, runFiles } from './run_folder';
 
 /** Steps that a chart shows at most; longer runs are averaged over neighbouring steps. */
 const maximumPoints = 3000;
-/** Weight of a new value in the smoothed loss, at the charts' resolution. */
-const smoothing = 0.1;
+/** The smoothed loss looks back over about this part of a run. */
+const smoothedPart = 0.05;
 
 const stepFigures = ['loss', 'learningRate', 'gradNorm', 'tokensPerSecond'] as const;
 const moduleFigures = ['conditionNumber', 'medianOutputOverDamping', 'sigma', 'relativeGap'] as const;
@@ -95,6 +95,7 @@ function halve(steps: StepSummary['steps']): void {
 
 /** Exponential mean without the pull of its start (as Adam's bias correction). */
 function smooth(values: number[]): number[] {
+  const smoothing = Math.min(0.5, 1 / (smoothedPart * values.length));
   let sum = 0;
   let weight = 0;
   return values.map((value) => {

@@ -83,6 +83,17 @@ export async function checkWritable(folder: string): Promise<void> {
   });
 }
 
+/** What a process that was killed leaves in a folder: the probe above, and files that were being written aside. */
+const leftover = /^\.(lora-da-\d+|.+\.\d+\.[0-9a-f]{8}\.tmp)$/;
+
+/** Removes what an earlier run, killed while it wrote, has left in its folder. */
+export async function removeLeftovers(folder: string): Promise<void> {
+  const names = (await namesIn(folder)).filter((name) => leftover.test(name));
+  await onDisk(folder, async () => {
+    for (const name of names) await rm(join(folder, name), { force: true });
+  });
+}
+
 /** Whether a folder already holds a run or an adapter that a new run would overwrite. */
 export async function holdsRun(folder: string): Promise<boolean> {
   const names = new Set(await namesIn(folder));

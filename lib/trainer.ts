@@ -11,7 +11,7 @@ import type { LoraAdapter } from './lora_adapter';
 import { type EvaluationMetrics, JsonLines, type StepMetrics } from './metrics';
 import type { NativeFactors, NativeStepResult } from './native';
 import { writeReport } from './report';
-import { checkRunFolder, makeFolder, runFiles } from './run_folder';
+import { checkRunFolder, makeFolder, removeLeftovers, runFiles } from './run_folder';
 import { Sampler } from './sampler';
 import { learningRateAt, type Schedule, warmupStepsOf } from './schedule';
 import {
@@ -330,8 +330,9 @@ class Run {
 
   async #openOutput(out: string, store: CheckpointStore, checkpoint: Checkpoint | undefined): Promise<void> {
     await makeFolder(store.folder);
+    await removeLeftovers(out);
     await store.clean(checkpoint);
-    const config = this.options.config ?? { ...this.trainer.training, out };
+    const config = this.options.config ?? this.#configuration(out);
     await writeFileAtomically(join(out, runFiles.config), `${JSON.stringify(config, null, 2)}\n`);
     if (this.#initialization) {
       await writeFileAtomically(
@@ -561,6 +562,13 @@ class Run {
   async #close(): Promise<void> {
     await this.#output?.metrics.close();
     await this.#output?.evaluations.close();
+  }
+
+  /** config.json of a run that was not given one: what the trainer knows. */
+  #configuration(out: string): object {
+    const { rank, alpha, rslora, targetModules } = this.adapter;
+    const init = this.#initialization?.method;
+    return { model: this.model.directory, out, init, rank, alpha, rslora, targetModules, ...this.trainer.training };
   }
 
   /** What must be the same for a run to go on. */

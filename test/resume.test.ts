@@ -130,6 +130,7 @@ test('a checkpoint that is not whole is passed over', async () => {
   rmSync(join(out, 'adapter_model.safetensors'));
   truncateSync(join(out, `checkpoints/step-${String(steps).padStart(8, '0')}/moments.safetensors`), 1000);
   mkdirSync(join(out, 'checkpoints/.tmp-step-00000020'));
+  writeFileSync(join(out, '.adapter_model.safetensors.123.0a1b2c3d.tmp'), 'cut');
   const { code, stderr } = await runCli(trainInto(out, '--resume'));
   assert.equal(code, 0, stderr);
   assert.match(stderr, /Going on after step 35/);

@@ -1,0 +1,193 @@
+/**
+ * Times the LoRA-DA start by its parts, in bfloat16 and float32, and gives it as a share of the time that plain training
+ * takes over the same tokens in the same process; beside the authors' published code where a checkout of it is named.
+ *
+ *     npm run bench:init -- [--model DIR] [--dtype bfloat16,float32] [--rows 32x160,gsm8k,FILE] [--samples 256]
+ *                           [--rounds 1] [--steps 4] [--threads 0] [--peer-path CHECKOUT] [--json]
+ *
+ * --rows   32x160: 32 samples of 160 random tokens, all labelled; gsm8k or a data file: its first --samples rows.
+ * --steps  training steps of 8 rows, after one of warm-up, that the share is taken from.
+ */
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { parseArgs } from 'node:util';
+import type { Dtype } from '../lib/native';
+import {
+  BenchmarkError,
+  describeMachine,
+  dtypeList,
+  findPeer,
+  gigabytes,
+  heading,
+  median,
+  modelFolder,
+  type Peer,
+  peerHint,
+  positiveInteger,
+  runMain,
+  runNode,
+  runPython,
+  table,
+} from './harness';
+import type { InitFigures } from './init_ours';
+import { dataFile, Inputs, parseShape, type RowFile } from './inputs';
+
+/** What lora_da_authors.py prints. */
+interface AuthorsFigures {
+  gradientSeconds: number;
+  fisherSeconds: number;
+  peakBytes: number;
+}
+
+interface Result {
+  rows: string;
+  dtype: Dtype;
+  tokens: number;
+  /** Of each round. */
+  ours: InitFigures[];
+  /** Of each round; empty where the peer was skipped. */
+  authors: AuthorsFigures[];
+}
+
+const batchSize = 8;
+
+function options() {
+  const { values } = parseArgs({
+    options: {
+      model: { type: 'string' },
+      dtype: { type: 'string', default: 'bfloat16,float32' },
+      rows: { type: 'string', default: '32x160,gsm8k' },
+      samples: { type: 'string', default: '256' },
+      rounds: { type: 'string', default: '1' },
+      steps: { type: 'string', default: '4' },
+      threads: { type: 'string', default: '0' },
+      'peer-path': { type: 'string' },
+      json: { type: 'boolean', default: false },
+    },
+  });
+  const peerPath = values['peer-path'];
+  if (peerPath !== undefined && !existsSync(join(peerPath, 'lora_da.py'))) {
+    throw new BenchmarkError(
+      `--peer-path ${peerPath} has no lora_da.py: expected a checkout of the authors' repository`,
+      2,
+    );
+  }
+  return {
+    model: modelFolder(values.model),
+    dtypes: dtypeList(values.dtype),
+    sources: values.rows.split(','),
+    samples: positiveInteger('samples', values.samples),
+    rounds: positiveInteger('rounds', values.rounds),
+    steps: positiveInteger('steps', values.steps),
+    threads: values.threads === '0' ? 0 : positiveInteger('threads', values.threads),
+    peerPath,
+    json: values.json,
+  };
+}
+
+type Options = ReturnType<typeof options>;
+
+async function prepare(inputs: Inputs, source: string, samples: number): Promise<RowFile | undefined> {
+  const shape = parseShape(source);
+  if (shape) return inputs.randomRows(shape.rows, shape.length);
+  const path = dataFile(source);
+  return path === undefined ? undefined : inputs.dataRows(path, samples);
+}
+
+function measure(
+  model: string,
+  rows: RowFile,
+  source: string,
+  dtype: Dtype,
+  peer: Peer | undefined,
+  given: Options,
+): Result {
+  const { steps, threads, peerPath, rounds } = given;
+  const result: Result = { rows: source, dtype, tokens: rows.tokens, ours: [], authors: [] };
+  const child = { model, rows: rows.file, dtype, threads };
+  for (let round = 1; round <= rounds; round++) {
+    console.error(`${source} ${dtype}: round ${round} of ${rounds}`);
+    result.ours.push(runNode<InitFigures>('init_ours.ts', { ...child, steps, 'batch-size': batchSize }));
+    if (!peer) continue;
+    result.authors.push(runPython<AuthorsFigures>(peer, 'lora_da_authors.py', { ...child, 'peer-path': peerPath }));
+  }
+  return result;
+}
+
+const seconds = (value: number) => `${value.toFixed(2)} s`;
+const times = (value: number) => `${value.toFixed(2)}×`;
+
+function show({ dtype, tokens, ours, authors }: Result): string {
+  const us = (figure: (round: InitFigures) => number) => median(ours.map(figure));
+  const them = (figure: (round: AuthorsFigures) => number) => median(authors.map(figure));
+  const whole = us((round) => round.seconds);
+  const share = us((round) => round.seconds / (tokens / round.trainTokensPerSecond));
+  const peak = Math.max(...ours.map((round) => round.peakBytes));
+  const cells: string[][] = [
+    [dtype, 'lora-da'],
+    ['collect', seconds(us((round) => round.collectSeconds))],
+    ['solve', seconds(us((round) => round.solveSeconds))],
+    ['whole call', seconds(whole)],
+    ['peak memory', gigabytes(peak)],
+    ['plain training, tokens/s', us((round) => round.trainTokensPerSecond).toFixed(0)],
+    ['start / training over the same tokens', times(share)],
+  ];
+  if (authors.length === 0) return table(cells);
+  const theirs = them((round) => round.gradientSeconds + round.fisherSeconds);
+  const theirPeak = Math.max(...authors.map((round) => round.peakBytes));
+  const peer: string[][] = [
+    [dtype, "authors' code", 'theirs / ours'],
+    ['gradient pass', seconds(them((round) => round.gradientSeconds)), ''],
+    ['Fisher passes and solve', seconds(them((round) => round.fisherSeconds)), ''],
+    ['whole', seconds(theirs), times(theirs / whole)],
+    ['peak memory', gigabytes(theirPeak), times(theirPeak / peak)],
+  ];
+  return `${table(cells)}\n${table(peer)}`;
+}
+
+function whyNoPeer(peerPath: string | undefined): string {
+  if (peerPath === undefined) return "peer skipped: name a checkout of the authors' code with --peer-path";
+  return `peer skipped: ${peerHint}`;
+}
+
+async function main(): Promise<void> {
+  const given = options();
+  if (!given.model)
+    return console.log('skipped: no model; make one with ../shared/tools/smollm2.sh or name a folder with --model');
+  const peer = given.peerPath === undefined ? undefined : findPeer();
+  const inputs = await Inputs.open(given.model);
+  try {
+    const { peer: versions, ...rest } = describeMachine(given.threads, peer);
+    const machine = peer ? { ...rest, peer: versions! } : rest;
+    const { layers, hiddenSize, family } = inputs.spec;
+    console.log(
+      heading({
+        ...machine,
+        model: `${given.model} (${family}, ${layers} layers, hidden ${hiddenSize})`,
+        start: 'lora-da, rank 8, every linear module',
+      }),
+    );
+    if (!peer) console.log(whyNoPeer(given.peerPath));
+    const results: Result[] = [];
+    for (const source of given.sources) {
+      const rows = await prepare(inputs, source, given.samples);
+      if (!rows) {
+        console.log(`\nRows ${source}: skipped, the data are not here`);
+        continue;
+      }
+      console.log(
+        `\nRows ${source}: ${rows.rows} samples, ${rows.tokens} tokens, longest ${rows.longest}; rounds: ${given.rounds}`,
+      );
+      for (const dtype of given.dtypes) {
+        const result = measure(given.model, rows, source, dtype, peer, given);
+        results.push(result);
+        console.log(show(result));
+      }
+    }
+    if (given.json) console.log(JSON.stringify({ machine, model: given.model, results }));
+  } finally {
+    inputs.remove();
+  }
+}
+
+runMain(main);
