@@ -63,7 +63,12 @@ void ModelState::send(std::function<void(Napi::Env)> action) {
     const std::unique_ptr<Action> owner(call);
     if (static_cast<napi_env>(env) == nullptr) return;  // the environment is closing
     const Napi::HandleScope scope(env);
-    (*call)(env);
+    try {
+      (*call)(env);
+    } catch (const Napi::Error& error) {
+      // A callback threw: Node reports it as uncaught. Or a worker is being terminated and no JavaScript runs any more: nothing is left to do.
+      error.ThrowAsJavaScriptException();
+    }
   });
   if (status == napi_ok) boxed.release();
 }

@@ -16,7 +16,7 @@ const modelFolder = join(root, 'test/fixtures/tiny-llama');
 const out = process.argv[2] ?? join(tmpdir(), 'lora-da-demo');
 const methods = ['lora-da', 'kaiming'];
 // One learning rate for both. Which start is ahead depends on it: to judge them, tune it for each.
-const training = { batchSize: 8, maxSteps: 150, learningRate: 1e-2, seed: 42, evalSteps: 50 };
+const training = { batchSize: 8, maxSteps: 80, learningRate: 1e-2, seed: 42, evalSteps: 20 };
 
 interface Row {
   messages: { role: string; content: string }[];

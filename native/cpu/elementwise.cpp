@@ -124,8 +124,8 @@ void CpuDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const 
 }
 
 void CpuDevice::gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) {
-  overRows(y.rows, threads_,
-           [&](int64_t i) { std::memcpy(floatRow(y, i), floatRow(x, index[i]), static_cast<size_t>(y.cols) * sizeof(float)); });
+  const size_t bytes = static_cast<size_t>(y.cols) * sizeOf(y.dtype);
+  overRows(y.rows, threads_, [&](int64_t i) { std::memcpy(rowOf(y, i), rowOf(x, index[i]), bytes); });
 }
 
 void CpuDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) {

@@ -350,6 +350,10 @@ TEST_CASE("rows are gathered and scattered by index") {
   const std::vector<int32_t> index = {8, 0, 5, 2};
   device->gatherRows(x.view, index.data(), y.view);
   CHECK(relativeError(y, [&](int64_t i, int64_t j) { return x.exactAt(index[static_cast<size_t>(i)], j); }) == 0);
+  TestMatrix narrow(DType::bf16, x.view.rows, x.view.cols, 3), gathered(DType::bf16, y.view.rows, y.view.cols);
+  narrow.randomize(random);
+  device->gatherRows(narrow.view, index.data(), gathered.view);
+  CHECK(relativeError(gathered, [&](int64_t i, int64_t j) { return narrow.exactAt(index[static_cast<size_t>(i)], j); }) == 0);
   device->scatterAddRows(y.view, index.data(), back.view);
   CHECK(relativeError(back, [&](int64_t i, int64_t j) {
           const bool hit = std::find(index.begin(), index.end(), static_cast<int32_t>(i)) != index.end();

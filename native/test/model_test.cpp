@@ -310,3 +310,24 @@ TEST_CASE("bad batches are refused") {
   CHECK_THROWS_AS(packBatch({{1, 2}, {1}, {0, 2}}, 50), Error);
   CHECK_THROWS_AS(packBatch({{1, 2}, {1, 2}, {0, 0, 2}}, 50), Error);
 }
+
+TEST_CASE("a sequence's loss does not depend on what else is in the batch") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  for (const DType type : {DType::f32, DType::bf16}) {
+    CAPTURE(nameOf(type));
+    RandomCheckpoint checkpoint(seed);
+    const auto model = checkpoint.load(type);
+    const std::vector<int32_t> lengths = {175, 3, 153, 64, 65, 190, 1, 40};
+    const TokenBatch together = checkpoint.batch(lengths);
+    const Evaluation packed = model->evaluate(together);
+    for (size_t i = 0; i < lengths.size(); ++i) {
+      CAPTURE(lengths[i]);
+      const auto first = together.inputIds.begin() + together.sequenceStarts[i];
+      const auto firstLabel = together.labels.begin() + together.sequenceStarts[i];
+      const Evaluation alone = model->evaluate({{first, first + lengths[i]}, {firstLabel, firstLabel + lengths[i]}, {0, lengths[i]}});
+      CHECK(alone.labelTokens[0] == packed.labelTokens[i]);
+      if (alone.labelTokens[0] > 0) CHECK(alone.losses[0] == doctest::Approx(packed.losses[i]).epsilon(1e-3));
+    }
+  }
+}

@@ -1,0 +1,182 @@
+/** The native object's life: queueing, cancelling, disposing, worker threads. */
+import assert from 'node:assert/strict';
+import { spawnSync } from 'node:child_process';
+import { join } from 'node:path';
+import { test } from 'node:test';
+import { Worker } from 'node:worker_threads';
+import { openCheckpoint } from '../lib/checkpoint';
+import { type NativeBatch, type NativeModel, native } from '../lib/native';
+import { allModules } from './support/reference';
+
+const folder = join(__dirname, 'fixtures/tiny-llama');
+
+async function load(): Promise<{ model: NativeModel; modules: string[] }> {
+  const { spec, tensors } = await openCheckpoint(folder);
+  const options = { spec, tensors, dtype: 'float32' as const, device: 'cpu', threads: 2, packBudget: -1 };
+  return { model: await native().loadModel(options, () => {}), modules: allModules(spec) };
+}
+
+function batch(tokens: number): NativeBatch {
+  const inputIds = Int32Array.from({ length: tokens }, (_, i) => (i * 37) % 1000);
+  return { inputIds, labels: inputIds, sequenceStarts: Int32Array.from([0, tokens]) };
+}
+
+const step = {
+  learningRate: 1e-3,
+  beta1: 0.9,
+  beta2: 0.999,
+  epsilon: 1e-8,
+  weightDecay: 0,
+  maxGradNorm: 1,
+  step: 1,
+  recompute: 'none' as const,
+};
+
+test('progress of loading counts up to the whole model', async () => {
+  const { spec, tensors } = await openCheckpoint(folder);
+  const seen: number[][] = [];
+  const options = { spec, tensors, dtype: 'float32' as const, device: 'cpu', threads: 1, packBudget: 0 };
+  const model = await native().loadModel(options, (done, total) => seen.push([done, total]));
+  assert.deepEqual(seen.at(-1), [spec.layers + 1, spec.layers + 1]);
+  await model.dispose();
+});
+
+test('cancel rejects the work in progress and in the queue, and later calls work again', async () => {
+  const { model, modules } = await load();
+  await model.addLora({ rank: 4, scaling: 1, modules });
+  const pending = [1, 2, 3].map((n) => model.trainStep([batch(1500)], { ...step, step: n }));
+  const settled = Promise.allSettled(pending);
+  model.cancel();
+  for (const result of await settled) {
+    assert.equal(result.status, 'rejected');
+    assert.equal((result.reason as { code: string }).code, 'ABORTED');
+  }
+  const { loss } = await model.trainStep([batch(64)], step);
+  assert.ok(loss > 0);
+  await model.dispose();
+});
+
+test('generation is cancelled between tokens', async () => {
+  const { model } = await load();
+  let tokens = 0;
+  const options = {
+    inputIds: Int32Array.of(1, 2, 3),
+    maxNewTokens: 5000,
+    temperature: 1,
+    topP: 1,
+    seed: 7,
+    stopIds: new Int32Array(),
+  };
+  const generation = model.generate(options, () => {
+    if (++tokens === 5) model.cancel();
+  });
+  await assert.rejects(generation, { code: 'ABORTED' });
+  assert.ok(tokens >= 5 && tokens < 5000);
+  await model.dispose();
+});
+
+test('the same seed samples the same tokens, another seed others', async () => {
+  const { model } = await load();
+  const sample = async (seed: number) => [
+    ...(await model.generate(
+      {
+        inputIds: Int32Array.of(1, 2, 3),
+        maxNewTokens: 24,
+        temperature: 1.5,
+        topP: 0.95,
+        seed,
+        stopIds: new Int32Array(),
+      },
+      () => {},
+    )),
+  ];
+  const first = await sample(1);
+  assert.deepEqual(await sample(1), first);
+  assert.notDeepEqual(await sample(2), first);
+  await model.dispose();
+});
+
+test('a tiny topP is greedy at any temperature', async () => {
+  const { model } = await load();
+  const run = async (temperature: number, topP: number) => [
+    ...(await model.generate(
+      { inputIds: Int32Array.of(5, 9, 30), maxNewTokens: 16, temperature, topP, seed: 3, stopIds: new Int32Array() },
+      () => {},
+    )),
+  ];
+  assert.deepEqual(await run(2, 1e-9), await run(0, 1));
+  await model.dispose();
+});
+
+test('a step has the same bits each time', async () => {
+  const run = async () => {
+    const { model, modules } = await load();
+    await model.addLora({ rank: 4, scaling: 1, modules });
+    const initialization = {
+      method: 'gaussian',
+      seed: 5,
+      tokenMask: 'attention' as const,
+      population: 1,
+      varianceWeight: 0,
+      biasWeight: 1,
+      gamma: 1,
+      damping: 1e-6,
+      outputDamping: 1e-6,
+      normalizeDelta: true,
+    };
+    await model.initialize([], initialization, () => {});
+    for (let n = 1; n <= 3; n++) await model.trainStep([batch(300), batch(77)], { ...step, step: n });
+    const factors = await model.readFactors();
+    await model.dispose();
+    return factors;
+  };
+  assert.deepEqual(await run(), await run());
+});
+
+test('calls after dispose are refused, dispose twice is not', async () => {
+  const { model } = await load();
+  await model.dispose();
+  await model.dispose();
+  await assert.rejects(model.evaluate(batch(8)), { code: 'DISPOSED' });
+});
+
+test('a process with an idle model ends by itself', () => {
+  const script = `
+    const { openCheckpoint } = require('./lib/checkpoint');
+    const { native } = require('./lib/native');
+    openCheckpoint(${JSON.stringify(folder)}).then(({ spec, tensors }) =>
+      native().loadModel({ spec, tensors, dtype: 'float32', device: 'cpu', threads: 2, packBudget: 0 }, () => {}));`;
+  const { status, signal } = spawnSync(process.execPath, ['--require', 'tsx/cjs', '-e', script], {
+    cwd: join(__dirname, '..'),
+    timeout: 20_000,
+  });
+  assert.deepEqual({ status, signal }, { status: 0, signal: null });
+});
+
+test('a worker thread that is ended in the middle of a step does not take the process down', async () => {
+  const script = `
+    require('tsx/cjs');
+    const { parentPort } = require('node:worker_threads');
+    const { openCheckpoint } = require('./lib/checkpoint');
+    const { native } = require('./lib/native');
+    const inputIds = Int32Array.from({ length: 3000 }, (_, i) => i % 1000);
+    openCheckpoint(${JSON.stringify(folder)}).then(async ({ spec, tensors }) => {
+      const model = await native().loadModel({ spec, tensors, dtype: 'float32', device: 'cpu', threads: 2, packBudget: 0 }, () => {});
+      const batch = { inputIds, labels: inputIds, sequenceStarts: Int32Array.of(0, inputIds.length) };
+      parentPort.postMessage((await model.evaluate(batch)).losses[0]);
+      for (;;) await model.evaluate(batch);
+    });`;
+  const losses = [];
+  for (let round = 0; round < 2; round++) {
+    const worker = new Worker(script, { eval: true });
+    losses.push(
+      await new Promise<number>((resolve, reject) => {
+        worker.once('message', resolve);
+        worker.once('error', reject);
+      }),
+    );
+    await worker.terminate();
+  }
+  assert.ok(losses[0]! > 0);
+  assert.equal(losses[0], losses[1]);
+});
