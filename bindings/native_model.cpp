@@ -220,8 +220,8 @@ Napi::Value NativeModel::initialize(const Napi::CallbackInfo& info) {
 Napi::Value NativeModel::collect(const Napi::CallbackInfo& info) {
   struct ModuleStatistics {
     std::string module;
-    std::vector<float> gradient, inputMoment;
-    std::vector<double> outputFactor;
+    std::vector<float> gradient;
+    std::vector<double> inputMoment, outputFactor;
   };
   return queue(
       info, [batches = toBatches(info[0].As<Napi::Array>()), mask = toTokenMask(info[1].ToString().Utf8Value())](Decoder& model) {
@@ -245,7 +245,7 @@ Napi::Value NativeModel::collect(const Napi::CallbackInfo& info) {
             auto object = Napi::Object::New(env);
             object.Set("module", modules[i].module);
             object.Set("gradient", typedArray<Napi::Float32Array>(env, modules[i].gradient));
-            object.Set("inputMoment", typedArray<Napi::Float32Array>(env, modules[i].inputMoment));
+            object.Set("inputMoment", typedArray<Napi::Float64Array>(env, modules[i].inputMoment));
             object.Set("outputFactor", typedArray<Napi::Float64Array>(env, modules[i].outputFactor));
             array.Set(i, object);
           }

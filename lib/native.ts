@@ -236,12 +236,12 @@ export interface NativeModel {
   collect(
     batches: NativeBatch[],
     tokenMask: 'attention' | 'labels',
-  ): Promise<{ module: string; gradient: Float32Array; inputMoment: Float32Array; outputFactor: Float64Array }[]>;
+  ): Promise<{ module: string; gradient: Float32Array; inputMoment: Float64Array; outputFactor: Float64Array }[]>;
   generate(options: NativeGenerateOptions, onToken: (id: number) => void): Promise<Int32Array>;
   /** W + scaling · B A of one adapted module in float32, [out, in]. */
   mergedWeight(module: string): Promise<Float32Array>;
   /** Bytes that a step over `tokens` tokens with `labelTokens` labels and sequences of at most `maxLength` will hold. */
-  planMemory(tokens: number, labelTokens: number, maxLength: number, recompute: 'none' | 'layer'): NativeMemoryPlan;
+  planMemory(tokens: number, labelTokens: number, maxLength: number, recompute: 'none' | 'layer'): Promise<NativeMemoryPlan>;
   /** Stops the work in progress and what is queued: their promises reject with ABORTED. Later calls work again. */
   cancel(): void;
   /** Frees everything; later calls reject with DISPOSED. */
@@ -249,7 +249,6 @@ export interface NativeModel {
 }
 
 export interface NativeInfo {
-  version: string;
   isa: string;
   threads: number;
   bfloat16: boolean;

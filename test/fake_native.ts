@@ -243,7 +243,7 @@ export class FakeModel implements NativeModel {
     return this.#enqueue('mergedWeight', () => new Float32Array(size.in * size.out));
   }
 
-  planMemory(tokens: number, labelTokens: number) {
+  async planMemory(tokens: number, labelTokens: number) {
     return { weights: 4000, activations: tokens * 100, adapters: 1000, workspace: labelTokens * 10 };
   }
 

@@ -6,7 +6,7 @@ import type { CommandContext } from './context';
 export async function info(_given: Record<string, unknown>, { print }: CommandContext): Promise<object> {
   const version = (require('../../package.json') as { version: string }).version;
   const found = nativeInfo();
-  print(`lora-da ${version}, core ${found.version}, Node ${process.versions.node}`);
+  print(`lora-da ${version}, Node ${process.versions.node}`);
   print(
     `CPU: ${found.isa}, ${found.threads} threads, ${found.bfloat16 ? 'multiplies bfloat16' : 'no bfloat16 products'}`,
   );

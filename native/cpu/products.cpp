@@ -227,6 +227,17 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
 }
 
 void CpuDevice::secondMoment(const Matrix& x, const Matrix& z) {
+  if (z.dtype == DType::f64) {
+    auto* wide = static_cast<double*>(scratch(static_cast<size_t>(x.rows * x.cols) * sizeof(double)));
+#pragma omp parallel for num_threads(threads_) schedule(static)
+    for (int64_t i = 0; i < x.rows; ++i) {
+      const float* row = x.as<float>() + i * x.stride;
+      std::copy(row, row + x.cols, wide + i * x.cols);
+    }
+    cblas_dsyrk(CblasRowMajor, CblasLower, CblasTrans, static_cast<int>(x.cols), static_cast<int>(x.rows), 1.0, wide,
+                static_cast<int>(x.cols), 1.0, z.as<double>(), static_cast<int>(z.stride));
+    return;
+  }
   const float* rows = x.as<float>();
   int64_t stride = x.stride;
   if (x.dtype != DType::f32) {  // bf16 values are exact in float32, and so are their products

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,14 +46,15 @@ struct Factors {
   std::vector<float> b;  // [out, rank]
 };
 
-// What a user needs to judge whether the statistics determine the result. Methods without statistics leave the numbers at zero.
+// What a user needs to judge whether the statistics determine the result. Methods without statistics leave the numbers at NaN.
 struct ModuleReport {
+  static constexpr double notComputed = std::numeric_limits<double>::quiet_NaN();
   std::string module;
-  double conditionNumber = 0;          // of Zd = Z + damping I, estimated from below, usually within a few per cent
-  double medianOutputOverDamping = 0;  // median(ydiag) / outputDamping; below 1, the damping decides the weights of the outputs
-  double sigma = 0;                    // what delta was divided by: its largest singular value; 1 when not normalized
-  double gap = 0;                      // eigenvalue r+1 minus eigenvalue r of omega; infinite when rank = in
-  double relativeGap = 0;              // gap over the largest magnitude that an eigenvalue of omega can have
+  double conditionNumber = notComputed;          // of Zd = Z + damping I, estimated from below, usually within a few per cent
+  double medianOutputOverDamping = notComputed;  // median(ydiag) / outputDamping; below 1, the damping decides the weights of the outputs
+  double sigma = notComputed;                    // what delta was divided by: its largest singular value; 1 when not normalized
+  double gap = notComputed;                      // eigenvalue r+1 minus eigenvalue r of omega; infinite when rank = in
+  double relativeGap = notComputed;              // gap over the largest magnitude that an eigenvalue of omega can have
   std::vector<double> eigenvalues;     // the rank + 1 smallest of omega, ascending (rank, when rank = in)
 };
 

@@ -20,7 +20,7 @@ namespace {
 constexpr double kConditionTolerance = 1e-2;
 
 // A row panel of the full symmetric Zd from the lower triangle of z; the upper one is read in blocks, a cache line at a time.
-void fillDamped(const float* z, int64_t n, double damping, int64_t first, int64_t last, double* panel) {
+void fillDamped(const double* z, int64_t n, double damping, int64_t first, int64_t last, double* panel) {
   constexpr int64_t block = 32;
   for (int64_t i = first; i < last; ++i) {
     std::copy(z + i * n, z + i * n + i + 1, panel + (i - first) * n);
@@ -45,7 +45,7 @@ void fillDamped(const float* z, int64_t n, double damping, int64_t first, int64_
 
 }  // namespace
 
-void InputMoment::reset(const float* z, int64_t in, const std::string& module) {
+void InputMoment::reset(const double* z, int64_t in, const std::string& module) {
   z_ = z;
   in_ = in;
   module_ = module;

@@ -20,14 +20,14 @@ class InputMoment {
  public:
   // Starts a new group; the buffers of the last one are used again. z [in, in], of which the lower triangle is read, is host
   // memory that must outlive the group's modules; `module` names the group in errors.
-  void reset(const float* z, int64_t in, const std::string& module);
+  void reset(const double* z, int64_t in, const std::string& module);
 
   const DampedMoment& damped(InitializationWorkspace& workspace, double damping);
 
   int64_t size() const { return in_; }
 
  private:
-  const float* z_ = nullptr;
+  const double* z_ = nullptr;
   int64_t in_ = 0;
   std::string module_;
   bool prepared_ = false;

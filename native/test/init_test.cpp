@@ -17,7 +17,8 @@ namespace {
 // The statistics of one module, made from random inputs and output gradients of `tokens` tokens.
 struct Statistics {
   int64_t out, in;
-  std::vector<float> gradient, moment;
+  std::vector<float> gradient;
+  std::vector<double> moment;
   std::vector<double> outputFactor;
 };
 
