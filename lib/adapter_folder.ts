@@ -91,7 +91,7 @@ export async function readAdapterFolder(directory: string, spec: DecoderSpec): P
   if (type !== 'LORA')
     throw new LoraDaError(
       'UNSUPPORTED',
-      `${file}: peft_type ${JSON.stringify(type)} is not supported; expected "LORA"`,
+      `${file}: peft_type ${type === undefined ? 'is missing' : `${JSON.stringify(type)} is not supported`}; expected "LORA"`,
     );
   refuseOptions(config, file);
   const rank = config.r;

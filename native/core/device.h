@@ -149,8 +149,7 @@ class Device {
   // or that type.
   virtual void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
                       const Matrix& c) = 0;
-  // Z [in, in] += x^T x over the rows of x [rows, in]; only the lower triangle (j <= i) is touched. The sum is float32 or, with x in
-  // float32, float64: its type is Z's.
+  // Z [in, in] float64 += x^T x over the rows of x [rows, in]; only the lower triangle (j <= i) is touched.
   virtual void secondMoment(const Matrix& x, const Matrix& z) = 0;
   // sums [cols] float64 += column sums of x^2.
   virtual void squareSum(const Matrix& x, double* sums) = 0;

@@ -227,27 +227,20 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
 }
 
 void CpuDevice::secondMoment(const Matrix& x, const Matrix& z) {
-  if (z.dtype == DType::f64) {
-    auto* wide = static_cast<double*>(scratch(static_cast<size_t>(x.rows * x.cols) * sizeof(double)));
+  auto* wide = static_cast<double*>(scratch(static_cast<size_t>(x.rows * x.cols) * sizeof(double)));
 #pragma omp parallel for num_threads(threads_) schedule(static)
-    for (int64_t i = 0; i < x.rows; ++i) {
+  for (int64_t i = 0; i < x.rows; ++i) {
+    double* target = wide + i * x.cols;
+    if (x.dtype == DType::bf16) {
+      const uint16_t* row = x.as<uint16_t>() + i * x.stride;
+      for (int64_t j = 0; j < x.cols; ++j) target[j] = bf16ToFloat(row[j]);
+    } else {
       const float* row = x.as<float>() + i * x.stride;
-      std::copy(row, row + x.cols, wide + i * x.cols);
+      for (int64_t j = 0; j < x.cols; ++j) target[j] = row[j];
     }
-    cblas_dsyrk(CblasRowMajor, CblasLower, CblasTrans, static_cast<int>(x.cols), static_cast<int>(x.rows), 1.0, wide,
-                static_cast<int>(x.cols), 1.0, z.as<double>(), static_cast<int>(z.stride));
-    return;
   }
-  const float* rows = x.as<float>();
-  int64_t stride = x.stride;
-  if (x.dtype != DType::f32) {  // bf16 values are exact in float32, and so are their products
-    const Matrix wide{scratch(static_cast<size_t>(x.rows * x.cols) * sizeof(float)), DType::f32, x.rows, x.cols, x.cols};
-    convert(x, wide);
-    rows = wide.as<float>();
-    stride = wide.stride;
-  }
-  cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, static_cast<int>(x.cols), static_cast<int>(x.rows), 1.0f, rows,
-              static_cast<int>(stride), 1.0f, z.as<float>(), static_cast<int>(z.stride));
+  cblas_dsyrk(CblasRowMajor, CblasLower, CblasTrans, static_cast<int>(x.cols), static_cast<int>(x.rows), 1.0, wide,
+              static_cast<int>(x.cols), 1.0, z.as<double>(), static_cast<int>(z.stride));
 }
 
 }  // namespace lora_da::cpu

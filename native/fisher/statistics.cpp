@@ -25,14 +25,13 @@ std::vector<T> readMean(Device& device, const Buffer& sums, int64_t count, int64
 
 Statistics::Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted,
                        InitializerNeeds needs, TokenMask mask)
-    : device_(device), projections_(projections), mask_(mask),
-      momentType_(device.computeType() == DType::f32 ? DType::f64 : DType::f32), sums_(projections.size()) {
+    : device_(device), projections_(projections), mask_(mask), sums_(projections.size()) {
   for (size_t i = 0; i < projections.size(); ++i) {
     if (!wanted[i]) continue;
     const Projection& group = *projections[i];
     const std::string of = " of " + group.parts.front().module;
     if (needs.gradient) sums_[i].gradient = zeroed(device, group.out * group.in, sizeof(float), "gradient" + of);
-    if (needs.inputMoment) sums_[i].inputMoment = zeroed(device, group.in * group.in, sizeOf(momentType_), "input moment" + of);
+    if (needs.inputMoment) sums_[i].inputMoment = zeroed(device, group.in * group.in, sizeof(double), "input moment" + of);
     if (needs.outputFactor) sums_[i].outputFactor = zeroed(device, group.out, sizeof(double), "output factor" + of);
   }
 }
@@ -69,7 +68,7 @@ void Statistics::observe(size_t group, const Matrix& x, const Matrix& dy) {
   }
   if (sums.inputMoment) {
     const Matrix rows = masked(x, inputCopy_, inputCopyBytes_);
-    if (rows.rows > 0) device_.secondMoment(rows, {sums.inputMoment.get(), momentType_, x.cols, x.cols, x.cols});
+    if (rows.rows > 0) device_.secondMoment(rows, {sums.inputMoment.get(), DType::f64, x.cols, x.cols, x.cols});
   }
   if (sums.outputFactor) {
     const Matrix rows = masked(dy, outputCopy_, outputCopyBytes_);
@@ -84,13 +83,7 @@ GroupStatistics Statistics::read(size_t index) const {
   if (sums.gradient) result.gradient = readMean<float>(device_, sums.gradient, group.out * group.in, samples_);
   if (sums.outputFactor) result.outputFactor = readMean<double>(device_, sums.outputFactor, group.out, maskedTokens_);
   if (sums.inputMoment) {
-    const int64_t count = group.in * group.in;
-    if (momentType_ == DType::f64) {
-      result.inputMoment = readMean<double>(device_, sums.inputMoment, count, maskedTokens_);
-    } else {
-      const std::vector<float> moment = readMean<float>(device_, sums.inputMoment, count, maskedTokens_);
-      result.inputMoment.assign(moment.begin(), moment.end());
-    }
+    result.inputMoment = readMean<double>(device_, sums.inputMoment, group.in * group.in, maskedTokens_);
     for (int64_t i = 0; i < group.in; ++i) {
       for (int64_t j = 0; j < i; ++j) {
         result.inputMoment[static_cast<size_t>(j * group.in + i)] = result.inputMoment[static_cast<size_t>(i * group.in + j)];

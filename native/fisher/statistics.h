@@ -23,8 +23,8 @@ struct GroupStatistics {
   std::vector<double> outputFactor;  // [out], mean over masked tokens
 };
 
-// Z is summed in float64 where activations are float32: the damping may be far below float32's rounding of Z, and the small eigenvalues it is added
-// to then survive. In bfloat16 the activations' own rounding is 10^4 times that of a float32 sum, and float32 suffices.
+// Z is summed in float64: the damping may be far below float32's rounding of Z, and the small eigenvalues it is added to, or the zero ones
+// of a set with fewer tokens than channels, then survive.
 class Statistics : public ProjectionObserver {
  public:
   // Collects for the groups marked in `wanted` (an entry per projection) what `needs` names.
@@ -48,7 +48,6 @@ class Statistics : public ProjectionObserver {
   Device& device_;
   std::vector<const Projection*> projections_;
   TokenMask mask_;
-  DType momentType_;  // of the sums of Z
   std::vector<Sums> sums_;
   int64_t samples_ = 0;
   int64_t maskedTokens_ = 0;
