@@ -241,7 +241,12 @@ export interface NativeModel {
   /** W + scaling · B A of one adapted module in float32, [out, in]. */
   mergedWeight(module: string): Promise<Float32Array>;
   /** Bytes that a step over `tokens` tokens with `labelTokens` labels and sequences of at most `maxLength` will hold. */
-  planMemory(tokens: number, labelTokens: number, maxLength: number, recompute: 'none' | 'layer'): Promise<NativeMemoryPlan>;
+  planMemory(
+    tokens: number,
+    labelTokens: number,
+    maxLength: number,
+    recompute: 'none' | 'layer',
+  ): Promise<NativeMemoryPlan>;
   /** Stops the work in progress and what is queued: their promises reject with ABORTED. Later calls work again. */
   cancel(): void;
   /** Frees everything; later calls reject with DISPOSED. */
