@@ -50,12 +50,18 @@ Napi::Value info(const Napi::CallbackInfo& call) {
   return result;
 }
 
+Napi::Value setErrorClass(const Napi::CallbackInfo& call) {
+  call.Env().GetInstanceData<AddonData>()->errorClass = Napi::Persistent(call[0].As<Napi::Function>());
+  return call.Env().Undefined();
+}
+
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData;
   data->modelClass = Napi::Persistent(NativeModel::define(env));
   env.SetInstanceData(data);
   exports.Set("loadModel", Napi::Function::New(env, NativeModel::load));
   exports.Set("info", Napi::Function::New(env, info));
+  exports.Set("setErrorClass", Napi::Function::New(env, setErrorClass));
   return exports;
 }
 

@@ -23,10 +23,8 @@ Outcome attempt(Work&& work) {
 
 }  // namespace
 
-Napi::Error javascriptError(Napi::Env env, const std::string& errorCode, const std::string& message) {
-  Napi::Error error = Napi::Error::New(env, message);
-  error.Set("code", Napi::String::New(env, errorCode));
-  return error;
+Napi::Value javascriptError(Napi::Env env, const std::string& errorCode, const std::string& message) {
+  return env.GetInstanceData<AddonData>()->errorClass.New({Napi::String::New(env, errorCode), Napi::String::New(env, message)});
 }
 
 ModelState::ModelState(Napi::Env env)
@@ -66,7 +64,8 @@ void ModelState::send(std::function<void(Napi::Env)> action) {
     try {
       (*call)(env);
     } catch (const Napi::Error& error) {
-      // A callback threw: Node reports it as uncaught. Or a worker is being terminated and no JavaScript runs any more: nothing is left to do.
+      // A callback threw: Node reports it as uncaught. Or a worker is being terminated and no JavaScript runs any more: nothing
+      // is left to do.
       error.ThrowAsJavaScriptException();
     }
   });
@@ -76,7 +75,7 @@ void ModelState::send(std::function<void(Napi::Env)> action) {
 Napi::Promise ModelState::submit(Napi::Env env, const Napi::Value& owner, const Napi::Value& callback, Work work) {
   const auto deferred = Napi::Promise::Deferred::New(env);
   if (disposed) {
-    deferred.Reject(javascriptError(env, "DISPOSED", "the model was used after dispose()").Value());
+    deferred.Reject(javascriptError(env, "DISPOSED", "the model was used after dispose()"));
     return deferred.Promise();
   }
   const uint64_t number = nextCall_++;
@@ -110,7 +109,7 @@ void ModelState::finish(Napi::Env env, uint64_t number, const Outcome& outcome) 
   if (outcome.result)
     call.deferred.Resolve(outcome.result(env));
   else
-    call.deferred.Reject(javascriptError(env, outcome.errorCode, outcome.message).Value());
+    call.deferred.Reject(javascriptError(env, outcome.errorCode, outcome.message));
 }
 
 }  // namespace lora_da::bindings

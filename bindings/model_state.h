@@ -63,6 +63,12 @@ class ModelState {
   uint64_t nextCall_ = 1;
 };
 
-Napi::Error javascriptError(Napi::Env env, const std::string& errorCode, const std::string& message);
+// Per environment (the add-on also runs in worker threads).
+struct AddonData {
+  Napi::FunctionReference modelClass;
+  Napi::FunctionReference errorClass;  // LoraDaError of lib/errors.ts: new (code, message)
+};
+
+Napi::Value javascriptError(Napi::Env env, const std::string& errorCode, const std::string& message);
 
 }  // namespace lora_da::bindings

@@ -47,9 +47,4 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   Napi::ObjectReference info_;
 };
 
-// Per environment (the add-on also runs in worker threads).
-struct AddonData {
-  Napi::FunctionReference modelClass;
-};
-
 }  // namespace lora_da::bindings

@@ -3,6 +3,8 @@
  * before they call in, and native code then assumes valid input.
  */
 
+import { LoraDaError } from './errors';
+
 export type Dtype = 'float32' | 'bfloat16';
 export type FileDtype = 'F32' | 'F16' | 'BF16';
 
@@ -267,12 +269,17 @@ export interface NativeAddon {
   /** Maps, checks and prepares the weights on the engine thread. */
   loadModel(options: NativeModelOptions, onProgress: (done: number, total: number) => void): Promise<NativeModel>;
   info(): NativeInfo;
+  /** The class of the errors that promises reject with: `new (code, message)`. Set once, by {@link native}. */
+  setErrorClass(errorClass: typeof LoraDaError): void;
 }
 
 let loaded: NativeAddon | undefined;
 
 /** The add-on: a prebuilt binary where there is one, else the one built in this checkout. */
 export function native(): NativeAddon {
-  loaded ??= require('node-gyp-build')(`${__dirname}/..`) as NativeAddon;
+  if (!loaded) {
+    loaded = require('node-gyp-build')(`${__dirname}/..`) as NativeAddon;
+    loaded.setErrorClass(LoraDaError);
+  }
   return loaded;
 }

@@ -257,12 +257,12 @@ export class FakeModel implements NativeModel {
 }
 
 export const fakeAddon: NativeAddon = {
+  setErrorClass: () => {},
   loadModel: async (options, onProgress) => {
     onProgress(options.tensors.length, options.tensors.length);
     return new FakeModel(options);
   },
   info: () => ({
-    version: 'fake',
     isa: 'none',
     threads: 2,
     bfloat16: false,

@@ -137,7 +137,7 @@ test('calls after dispose are refused, dispose twice is not', async () => {
   const { model } = await load();
   await model.dispose();
   await model.dispose();
-  await assert.rejects(model.evaluate(batch(8)), { code: 'DISPOSED' });
+  await assert.rejects(model.evaluate(batch(8)), { name: 'LoraDaError', code: 'DISPOSED' });
 });
 
 test('a process with an idle model ends by itself', () => {
