@@ -82,6 +82,7 @@ DecoderSpec toSpec(const Napi::Object& object) {
   spec.windows = toNumbers<int32_t>(object.Get("windows").As<Napi::Array>());
   spec.inverseFrequencies = toNumbers<float>(object.Get("inverseFrequencies").As<Napi::Array>());
   spec.rotaryScale = static_cast<float>(number(object, "rotaryScale"));
+  spec.positionLimit = integer(object, "positionLimit");
   spec.tiedHead = boolean(object, "tiedHead");
   spec.attentionInputs = toLinears(object.Get("attentionInputs").As<Napi::Array>());
   spec.attentionOutput = toLinear(child(object, "attentionOutput"));

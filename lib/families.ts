@@ -203,6 +203,7 @@ export function decoderSpec(config: Config, file = 'config.json'): DecoderSpec {
     kvHeads: sizes.kvHeads,
     headDim: sizes.headDim,
     maxPositions: Math.min(maxPositions, rope.maxPositions),
+    positionLimit: Number.isFinite(rope.maxPositions) ? rope.maxPositions : 0,
     normEpsilon: reader.positive('rms_norm_eps', family.normEpsilon),
     normOffset: family.normOffset ?? 0,
     embeddingScale: family.scaledEmbedding ? Math.sqrt(sizes.hidden) : 1,

@@ -32,6 +32,8 @@ export interface DecoderSpec {
   kvHeads: number;
   headDim: number;
   maxPositions: number;
+  /** Longest sequence that the rotary frequencies hold for (dynamic, longrope: the pretrained length); 0: any. */
+  positionLimit: number;
   normEpsilon: number;
   /** Added to every norm weight when it is loaded: 1 for Gemma, 0 elsewhere. */
   normOffset: number;

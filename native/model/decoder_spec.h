@@ -39,6 +39,7 @@ struct DecoderSpec {
   std::vector<int32_t> windows;           // per layer; 0: full causal attention
   std::vector<float> inverseFrequencies;  // of the rotary pairs
   float rotaryScale = 1;                  // multiplies cos and sin
+  int64_t positionLimit = 0;              // longest sequence that the frequencies hold for; 0: any
   bool tiedHead = false;
   std::vector<LinearSpec> attentionInputs;  // side by side they write [q | k | v]
   LinearSpec attentionOutput;

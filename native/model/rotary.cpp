@@ -2,11 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
+
+#include "core/error.h"
 
 namespace lora_da {
 
 Rotary RotaryTable::get(Device& device, const DecoderSpec& spec, int64_t positions) {
+  if (spec.positionLimit > 0 && positions > spec.positionLimit) {
+    throw Error(code::invalidArgument, "a sequence may take " + std::to_string(positions) +
+                                           " positions, but the model's rotary embedding is supported up to " +
+                                           std::to_string(spec.positionLimit));
+  }
   const auto pairs = static_cast<int64_t>(spec.inverseFrequencies.size());
   if (positions > positions_) {
     const int64_t count = std::max<int64_t>({positions, 2 * positions_, 256});

@@ -8,7 +8,8 @@ namespace lora_da {
 
 class RotaryTable {
  public:
-  // Tables of at least `positions` rows. As in transformers, angles are float32 products of position and inverse frequency.
+  // Tables of at least `positions` rows. Throws Error(invalidArgument) beyond the spec's positionLimit. As in transformers,
+  // angles are float32 products of position and inverse frequency.
   Rotary get(Device& device, const DecoderSpec& spec, int64_t positions);
 
  private:

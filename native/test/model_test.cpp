@@ -304,6 +304,14 @@ TEST_CASE("a checkpoint file cut while it is mapped is an error, not a dead proc
   }
 }
 
+TEST_CASE("a sequence beyond what the rotary embedding holds for is refused") {
+  RandomCheckpoint checkpoint(freshSeed());
+  checkpoint.spec.positionLimit = 10;
+  const auto model = checkpoint.load();
+  CHECK_NOTHROW(model->evaluate(checkpoint.batch({10})));
+  CHECK_THROWS_AS(model->evaluate(checkpoint.batch({11})), Error);
+}
+
 TEST_CASE("bad batches are refused") {
   CHECK_THROWS_AS(packBatch({{1, 99}, {1, 1}, {0, 2}}, 50), Error);
   CHECK_THROWS_AS(packBatch({{1, 2}, {1, 60}, {0, 2}}, 50), Error);
@@ -325,7 +333,8 @@ TEST_CASE("a sequence's loss does not depend on what else is in the batch") {
       CAPTURE(lengths[i]);
       const auto first = together.inputIds.begin() + together.sequenceStarts[i];
       const auto firstLabel = together.labels.begin() + together.sequenceStarts[i];
-      const Evaluation alone = model->evaluate({{first, first + lengths[i]}, {firstLabel, firstLabel + lengths[i]}, {0, lengths[i]}});
+      const Evaluation alone =
+          model->evaluate({{first, first + lengths[i]}, {firstLabel, firstLabel + lengths[i]}, {0, lengths[i]}});
       CHECK(alone.labelTokens[0] == packed.labelTokens[i]);
       if (alone.labelTokens[0] > 0) CHECK(alone.losses[0] == doctest::Approx(packed.losses[i]).epsilon(1e-3));
     }
