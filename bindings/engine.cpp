@@ -1,5 +1,7 @@
 #include "engine.h"
 
+#include <sys/resource.h>
+
 namespace lora_da::bindings {
 
 Engine::Engine() : thread_([this] { loop(); }) {}
@@ -41,6 +43,9 @@ void Engine::stop() {
 }
 
 void Engine::loop() {
+  // On Linux this is the calling thread's own priority, and the OpenMP team inherits it: with every core busy, Node's event loop
+  // still gets one at once.
+  setpriority(PRIO_PROCESS, 0, 5);
   while (true) {
     Entry entry;
     bool abandoned;
