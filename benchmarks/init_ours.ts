@@ -3,9 +3,8 @@
  * our side of init.ts. Prints one JSON line.
  */
 import { parseArgs } from 'node:util';
-import { CausalLM, Dataset, type Dtype } from '../lib/index';
 import { runMain } from './harness';
-import { measureSteps, peakBytes } from './train_ours';
+import { loadWork, measureSteps, peakBytes } from './train_ours';
 
 export interface InitFigures {
   collectSeconds: number;
@@ -30,16 +29,7 @@ async function main(): Promise<void> {
       warmup: { type: 'string', default: '1' },
     },
   });
-  const model = await CausalLM.load(values.model!, {
-    device: 'cpu',
-    dtype: values.dtype as Dtype,
-    threads: Number(values.threads),
-  });
-  const data = await Dataset.load(values.rows!, {
-    vocabSize: model.spec.vocabSize,
-    maxLength: model.spec.maxPositions,
-    overlong: 'error',
-  });
+  const { model, data } = await loadWork(values);
   const adapter = model.addLora({ rank: 8, alpha: 16 });
   const began = performance.now();
   const { collectSeconds, solveSeconds } = await adapter.initialize({ method: 'lora-da', samples: data.length }, data);

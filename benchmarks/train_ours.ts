@@ -50,6 +50,21 @@ export async function measureSteps(
 /** ru_maxrss, which Node.js gives in KiB. */
 export const peakBytes = () => process.resourceUsage().maxRSS * 1024;
 
+/** The model and the rows that a benchmark process is told to work on. */
+export async function loadWork(values: { model?: string; rows?: string; dtype: string; threads: string }) {
+  const model = await CausalLM.load(values.model!, {
+    device: 'cpu',
+    dtype: values.dtype as Dtype,
+    threads: Number(values.threads),
+  });
+  const data = await Dataset.load(values.rows!, {
+    vocabSize: model.spec.vocabSize,
+    maxLength: model.spec.maxPositions,
+    overlong: 'error',
+  });
+  return { model, data };
+}
+
 async function main(): Promise<void> {
   const { values } = parseArgs({
     options: {
@@ -63,16 +78,7 @@ async function main(): Promise<void> {
       threads: { type: 'string', default: '0' },
     },
   });
-  const model = await CausalLM.load(values.model!, {
-    device: 'cpu',
-    dtype: values.dtype as Dtype,
-    threads: Number(values.threads),
-  });
-  const data = await Dataset.load(values.rows!, {
-    vocabSize: model.spec.vocabSize,
-    maxLength: model.spec.maxPositions,
-    overlong: 'error',
-  });
+  const { model, data } = await loadWork(values);
   await model.loadAdapter(values.adapter!);
   const batchSize = Number(values['batch-size']);
   const figures = await measureSteps(model, data, {

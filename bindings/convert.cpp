@@ -208,6 +208,7 @@ Napi::Value fromReport(Napi::Env env, const AdapterInitializationResult& result)
     const ModuleReport& report = result.modules[i];
     auto object = Napi::Object::New(env);
     object.Set("module", report.module);
+    object.Set("rank", static_cast<double>(result.rank));
     object.Set("conditionNumber", report.conditionNumber);
     object.Set("medianOutputOverDamping", report.medianOutputOverDamping);
     object.Set("sigma", report.sigma);

@@ -205,15 +205,9 @@ Napi::Value NativeModel::initialize(const Napi::CallbackInfo& info) {
                      return {Napi::String::New(env, name), toNumber(env, done), toNumber(env, total)};
                    });
                  };
-                 const int64_t rank = model.lora() ? model.lora()->rank() : 0;
-                 return
-                     [rank, result = initializeAdapters(model, batches, initialization, progress)](Napi::Env env) -> Napi::Value {
-                       const Napi::Value report = fromReport(env, result);
-                       const auto modules = report.As<Napi::Object>().Get("modules").As<Napi::Array>();
-                       for (uint32_t i = 0; i < modules.Length(); ++i)
-                         modules.Get(i).As<Napi::Object>().Set("rank", static_cast<double>(rank));
-                       return report;
-                     };
+                 return [result = initializeAdapters(model, batches, initialization, progress)](Napi::Env env) -> Napi::Value {
+                   return fromReport(env, result);
+                 };
                });
 }
 

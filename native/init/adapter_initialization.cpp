@@ -45,6 +45,7 @@ AdapterInitializationResult initializeAdapters(Decoder& model, const std::vector
   LoraSet* lora = model.lora();
   if (!lora) throw Error(code::invalidArgument, "the model has no adapters to initialize");
   AdapterInitializationResult result;
+  result.rank = lora->rank();
 
   const auto collectStart = std::chrono::steady_clock::now();
   const bool collecting = needsSamples(method.needs);

@@ -19,6 +19,7 @@ struct AdapterInitialization {
 };
 
 struct AdapterInitializationResult {
+  int64_t rank = 0;
   std::vector<ModuleReport> modules;
   double collectSeconds = 0;
   double solveSeconds = 0;

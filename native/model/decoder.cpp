@@ -1,6 +1,5 @@
 #include "model/decoder.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -226,24 +225,21 @@ std::vector<float> Decoder::logits(const TokenBatch& tokens) {
   return host;
 }
 
-void Decoder::collectPass(const PackedBatch& source, ProjectionObserver& observer) {
-  PackedBatch batch = source;
+void Decoder::collectPass(PackedBatch& batch, ProjectionObserver& observer) {
   batch.scaleRowsBySequence();
   lossesAndGradients(batch, nullptr, Keep::all, &observer);
   files_.checkIntact();
 }
 
 std::vector<float> Decoder::mergedWeight(const std::string& module) {
-  const std::vector<AdapterFactors> factors =
-      lora_ ? lora_->read(*device_, LoraSet::Array::value) : std::vector<AdapterFactors>();
-  const auto found = std::find_if(factors.begin(), factors.end(), [&](const AdapterFactors& f) { return f.module == module; });
-  if (found == factors.end()) throw Error(code::invalidArgument, "module " + module + " has no adapter");
-  std::vector<float> merged = readFloats(files_.tensor(module + ".weight", {found->out, found->in}));
-  const auto r = static_cast<size_t>(found->rank), in = static_cast<size_t>(found->in), out = static_cast<size_t>(found->out);
+  if (!lora_) throw Error(code::invalidArgument, "module " + module + " has no adapter");
+  const AdapterFactors factors = lora_->readModule(*device_, module);
+  std::vector<float> merged = readFloats(files_.tensor(module + ".weight", {factors.out, factors.in}));
+  const auto r = static_cast<size_t>(factors.rank), in = static_cast<size_t>(factors.in), out = static_cast<size_t>(factors.out);
   for (size_t o = 0; o < out; ++o) {
     for (size_t k = 0; k < r; ++k) {
-      const float factor = lora_->scaling() * found->b[o * r + k];
-      for (size_t i = 0; i < in; ++i) merged[o * in + i] += factor * found->a[k * in + i];
+      const float factor = lora_->scaling() * factors.b[o * r + k];
+      for (size_t i = 0; i < in; ++i) merged[o * in + i] += factor * factors.a[k * in + i];
     }
   }
   files_.checkIntact();

@@ -73,7 +73,7 @@ class Decoder {
   // Every token's logits [tokens, vocabulary].
   std::vector<float> logits(const TokenBatch& batch);
   // Forward and backward of the collection loss through the base model, without adapters; `observer` sees every group.
-  void collectPass(const PackedBatch& batch, ProjectionObserver& observer);
+  void collectPass(PackedBatch& batch, ProjectionObserver& observer);
   // New token ids, the stop token included when one came.
   std::vector<int32_t> generate(const GenerateOptions& options, const std::function<void(int32_t)>& onToken);
   // W + scaling B A in float32 [out, in].

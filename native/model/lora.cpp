@@ -74,6 +74,19 @@ float* LoraSet::pointer(Array array) const {
   return static_cast<float*>(buffer.get());
 }
 
+AdapterFactors LoraSet::unpack(const LoraGroup& group, size_t block, const float* a, const float* up) const {
+  const LoraBlock& module = group.blocks[block];
+  AdapterFactors factors{module.module, module.out, group.in, rank_, {}, {}};
+  const int64_t firstRow = static_cast<int64_t>(block) * rank_;
+  factors.a.assign(a + firstRow * group.in, a + (firstRow + rank_) * group.in);
+  factors.b.resize(static_cast<size_t>(module.out * rank_));
+  for (int64_t r = 0; r < rank_; ++r) {
+    const float* row = up + (firstRow + r) * group.out + module.offset;
+    for (int64_t o = 0; o < module.out; ++o) factors.b[static_cast<size_t>(o * rank_ + r)] = row[o];
+  }
+  return factors;
+}
+
 std::vector<AdapterFactors> LoraSet::read(Device& device, Array array) const {
   std::vector<float> host(static_cast<size_t>(count_));
   device.download(host.data(), pointer(array), host.size() * sizeof(float));
@@ -81,20 +94,23 @@ std::vector<AdapterFactors> LoraSet::read(Device& device, Array array) const {
   std::vector<AdapterFactors> result;
   for (const LoraGroup& group : groups_) {
     for (size_t block = 0; block < group.blocks.size(); ++block) {
-      const LoraBlock& module = group.blocks[block];
-      AdapterFactors factors{module.module, module.out, group.in, rank_, {}, {}};
-      const int64_t firstRow = static_cast<int64_t>(block) * rank_;
-      const float* a = host.data() + group.aOffset + firstRow * group.in;
-      factors.a.assign(a, a + rank_ * group.in);
-      factors.b.resize(static_cast<size_t>(module.out * rank_));
-      for (int64_t r = 0; r < rank_; ++r) {
-        const float* up = host.data() + group.upOffset + (firstRow + r) * group.out + module.offset;
-        for (int64_t o = 0; o < module.out; ++o) factors.b[static_cast<size_t>(o * rank_ + r)] = up[o];
-      }
-      result.push_back(std::move(factors));
+      result.push_back(unpack(group, block, host.data() + group.aOffset, host.data() + group.upOffset));
     }
   }
   return result;
+}
+
+AdapterFactors LoraSet::readModule(Device& device, const std::string& module) const {
+  for (const LoraGroup& group : groups_) {
+    for (size_t block = 0; block < group.blocks.size(); ++block) {
+      if (group.blocks[block].module != module) continue;
+      std::vector<float> host(static_cast<size_t>(group.k * (group.in + group.out)));  // a, then up, as they lie on the device
+      device.download(host.data(), pointer(Array::value) + group.aOffset, host.size() * sizeof(float));
+      device.synchronize();
+      return unpack(group, block, host.data(), host.data() + group.k * group.in);
+    }
+  }
+  throw Error(code::invalidArgument, "module " + module + " has no adapter");
 }
 
 void LoraSet::write(Device& device, Array array, const std::vector<AdapterFactors>& factors) {

@@ -61,6 +61,8 @@ class LoraSet {
 
   enum class Array { value, firstMoment, secondMoment };
   std::vector<AdapterFactors> read(Device& device, Array array) const;
+  // The factors of one module. Throws Error(invalidArgument) where it has no adapter.
+  AdapterFactors readModule(Device& device, const std::string& module) const;
   // Throws Error(invalidTensor) where modules or shapes do not match the set's.
   void write(Device& device, Array array, const std::vector<AdapterFactors>& factors);
 
@@ -68,6 +70,8 @@ class LoraSet {
 
  private:
   float* pointer(Array array) const;
+  // One block's factors from its group's a [k, in] and up [k, out], on the host.
+  AdapterFactors unpack(const LoraGroup& group, size_t block, const float* a, const float* up) const;
 
   int64_t rank_;
   float scaling_;
