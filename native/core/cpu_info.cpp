@@ -45,6 +45,14 @@ int physicalCores() {
   return std::max(count, 1);
 }
 
+bool hasMatrixTiles() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
 bool hasBfloat16Products() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512bf16");  // every processor with AMX-BF16 has it too

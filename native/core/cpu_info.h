@@ -9,4 +9,7 @@ int physicalCores();
 // True where the processor multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX).
 bool hasBfloat16Products();
 
+// True where it does so in tiles (AMX), which only the matrix library uses.
+bool hasMatrixTiles();
+
 }  // namespace lora_da

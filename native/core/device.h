@@ -58,7 +58,8 @@ struct HostTensor {
   DType dtype = DType::f32;
   int64_t rows = 0;
   int64_t cols = 0;
-  std::function<void()> release;  // tells the system that the pages are no longer needed; may be empty
+  std::function<void()> populate;  // reads the pages in, so that no step waits for them; may be empty
+  std::function<void()> release;   // tells the system that the pages are no longer needed; may be empty
 };
 
 // What a weight will be used for; a device prepares only the layouts that are asked for.
@@ -132,19 +133,22 @@ class Device {
   virtual void download(void* host, const void* device, size_t bytes) = 0;
   virtual void zero(void* device, size_t bytes) = 0;
   virtual void synchronize() = 0;
-  // Bytes that the device's own scratch grows to in a step with this vocabulary.
-  virtual size_t workspaceBytes(int64_t vocabulary) const = 0;
+  // Bytes that the device's own scratch grows to in a step with so many label rows and this vocabulary.
+  virtual size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const = 0;
 
   // --- products -----------------------------------------------------------------------------------------------
   // One weight from `parts`, modules that read the same input, stacked along their outputs: W [sum of rows, in].
   virtual std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) = 0;
-  // y [T, out] = x [T, in] W^T + bias + down up. `bias` [out] float32 or null. `down` [T, k] and `up` [k, out] are the LoRA term,
-  // in the compute type, or null; the factors of stacked modules lie in `up` block by block with zeros elsewhere. x is in the
-  // compute type, y in the compute type or float32.
+  // y [T, out] = x [T, in] W^T + bias + down up + residual. `bias` [out] float32 or null. `down` [T, k] and `up` [k, out] are the
+  // LoRA term, in the compute type, or null; the factors of stacked modules lie in `up` block by block with zeros elsewhere.
+  // `residual` [T, out] float32 or null, then y is float32 too and another matrix. x is in the compute type, y in the compute
+  // type or float32.
   virtual void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
-                      const Matrix& y) = 0;
-  // dx [T, in] = dy [T, out] W, or += with `accumulate`. dy is in the compute type, dx in the compute type or float32.
-  virtual void linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) = 0;
+                      const Matrix* residual, const Matrix& y) = 0;
+  // dx [T, in] = dy [T, out] W + downGrad a. `downGrad` [T, k] and `a` [k, in] are the LoRA term, in the compute type, or null.
+  // dy is in the compute type, dx in the compute type or float32.
+  virtual void linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
+                               const Matrix& dx) = 0;
   // c = alpha op(a) op(b), or += with `accumulate`. a and b share a type (float32, bfloat16 or float64); c is float32
   // or that type.
   virtual void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
@@ -157,14 +161,14 @@ class Device {
   // --- elementwise --------------------------------------------------------------------------------------------
   // x [T, H] float32 = scale * table[ids[t]].
   virtual void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) = 0;
-  // sum = x + residual (sum = x where residual is null; then `sum` is not written); y = sum * rstd * weight in the compute type;
-  // rstd [T] = 1/sqrt(mean(sum^2) + epsilon). x, sum float32 [T, H]; residual compute type or float32; sum may be x (in place).
-  virtual void rmsNorm(const Matrix& x, const Matrix* residual, const float* weight, float epsilon, const Matrix& sum,
-                       const Matrix& y, float* rstd) = 0;
+  // y [T, H] = x * rstd * weight in the compute type; rstd [T] = 1/sqrt(mean(x^2) + epsilon). x float32 [T, H].
+  virtual void rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) = 0;
   // y = x * rstd * weight again, from the saved rstd (backward needs y and does not store it).
   virtual void rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) = 0;
-  // dx [T, H] float32 += gradient of rmsNorm's y w.r.t. its sum, from dy [T, H] float32. The weight is frozen.
-  virtual void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx) = 0;
+  // dx [T, H] float32 += gradient of rmsNorm's y w.r.t. its x, from dy [T, H] float32. The weight is frozen. `rounded` [T, H] =
+  // dx in the compute type, for the products that follow; null: not wanted.
+  virtual void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
+                           const Matrix* rounded) = 0;
   // out = rotate(norm(in)) per head; in, out [T, heads*headDim] compute type, `out` may be `in` where there is no norm.
   // rstd [T, heads] is written where there is a norm. positions [T].
   virtual void rope(const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
@@ -174,8 +178,9 @@ class Device {
                         const Rotary& rotary, const int32_t* positions, const float* rstd) = 0;
   // gateUp [T, 2I] holds gate in its first I columns, up in the others. h [T, I] = activation(gate) * up.
   virtual void gatedMlp(const Matrix& gateUp, Activation activation, const Matrix& h) = 0;
-  // gateUp, in place: becomes the gradient w.r.t. itself, from dh [T, I]. All in the compute type.
-  virtual void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) = 0;
+  // gateUp, in place: becomes the gradient w.r.t. itself, from dh [T, I]; h [T, I] = gatedMlp's result again. All in the compute
+  // type.
+  virtual void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) = 0;
   // y [rows, H]: row i = x[index[i]]; x and y of one type, any.
   virtual void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) = 0;
   // y[index[i]] += x[i], float32; no index repeats.

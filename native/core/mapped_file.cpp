@@ -108,6 +108,14 @@ bool MappedFile::truncated() const {
   return ranges[slot_].truncated.load() || (fstat(file_, &status) == 0 && static_cast<size_t>(status.st_size) < size_);
 }
 
+void MappedFile::populate(size_t offset, size_t bytes) const {
+#ifdef MADV_POPULATE_READ
+  const uintptr_t base = reinterpret_cast<uintptr_t>(data_);
+  const uintptr_t first = (base + offset) / pageSize * pageSize;
+  madvise(reinterpret_cast<void*>(first), base + offset + bytes - first, MADV_POPULATE_READ);  // fails where the file was cut
+#endif
+}
+
 void MappedFile::release(size_t offset, size_t bytes) const {
   const uintptr_t base = reinterpret_cast<uintptr_t>(data_);
   const uintptr_t first = (base + offset + pageSize - 1) / pageSize * pageSize;

@@ -22,6 +22,8 @@ class MappedFile {
   const char* data() const { return data_; }
   size_t size() const { return size_; }
   bool truncated() const;
+  // Reads these bytes into memory and maps their pages, where the system can do both at once; else they come when touched.
+  void populate(size_t offset, size_t bytes) const;
   // Tells the system that these bytes are not needed for now; they are read from the file again when touched.
   void release(size_t offset, size_t bytes) const;
 

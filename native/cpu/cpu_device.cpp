@@ -17,13 +17,8 @@ CpuDevice::CpuDevice(const DeviceOptions& options)
   omp_set_dynamic(0);
   omp_set_num_threads(threads_);
   openblas_set_num_threads(threads_);
-  products_ = std::make_unique<Products>([this](size_t bytes) {
-    if (bytes > productScratchBytes_) {
-      productScratch_ = allocate(bytes, "matrix product workspace");
-      productScratchBytes_ = bytes;
-    }
-    return productScratch_.get();
-  });
+  products_ =
+      std::make_unique<Products>([this](size_t bytes) { return grow(productScratch_, bytes, "matrix product workspace"); });
 }
 
 CpuDevice::~CpuDevice() = default;

@@ -11,6 +11,7 @@
 
 namespace lora_da::cpu {
 
+class CpuWeight;
 class Products;  // oneDNN primitives cached by shape (products.cpp)
 
 class CpuDevice : public Device {
@@ -27,13 +28,17 @@ class CpuDevice : public Device {
   void download(void* host, const void* device, size_t bytes) override;
   void zero(void* device, size_t bytes) override;
   void synchronize() override {}
-  size_t workspaceBytes(int64_t vocabulary) const override;  // head_loss.cpp: the head's chunk is the largest user
+  size_t workspaceBytes(int64_t labelRows,
+                        int64_t vocabulary) const override;  // head_loss.cpp: the head's chunk is the largest user
 
-  // products.cpp
+  // linear.cpp
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
   void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
-              const Matrix& y) override;
-  void linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) override;
+              const Matrix* residual, const Matrix& y) override;
+  void linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
+                       const Matrix& dx) override;
+
+  // products.cpp
   void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
               const Matrix& c) override;
   void secondMoment(const Matrix& x, const Matrix& z) override;
@@ -41,16 +46,16 @@ class CpuDevice : public Device {
   // elementwise.cpp
   void squareSum(const Matrix& x, double* sums) override;
   void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) override;
-  void rmsNorm(const Matrix& x, const Matrix* residual, const float* weight, float epsilon, const Matrix& sum, const Matrix& y,
-               float* rstd) override;
+  void rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) override;
   void rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) override;
-  void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx) override;
+  void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
+                   const Matrix* rounded) override;
   void rope(const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
             const int32_t* positions, const Matrix& out, float* rstd) override;
   void ropeGrad(const Matrix& d, const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
                 const int32_t* positions, const float* rstd) override;
   void gatedMlp(const Matrix& gateUp, Activation activation, const Matrix& h) override;
-  void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) override;
+  void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) override;
   void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void convert(const Matrix& x, const Matrix& y) override;
@@ -83,7 +88,26 @@ class CpuDevice : public Device {
  private:
   const TypedKernels& typed() const { return computeType_ == DType::bf16 ? kernels_.bf16 : kernels_.f32; }
   // Scratch that grows to the largest request and is then reused: nothing is allocated in a steady step.
-  void* scratch(size_t bytes);
+  struct Scratch {
+    Buffer memory;
+    size_t bytes = 0;
+  };
+  void* grow(Scratch& scratch, size_t bytes, const char* purpose);
+  void* scratch(size_t bytes) { return grow(scratch_, bytes, "scratch of the CPU device"); }
+
+  int64_t headChunkRows(int64_t rows, int64_t vocabulary) const;
+  // Own products with panels of weights, or oneDNN's (linear.cpp).
+  bool hasPanels() const;
+  float* panelScratch(size_t threadFloats);
+  size_t panelFloats(int64_t depth, int64_t lowRankDepth) const;
+  void linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
+                 const Matrix* residual, const Matrix& y);
+  void thinProduct(const Matrix& a, const Matrix& b, float alpha, const Matrix& c);
+  void outerSum(const Matrix& a, const Matrix& b, const Matrix& c);
+  void packForLibrary(const std::vector<HostTensor>& parts, WeightUses uses, CpuWeight& weight);
+  void libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
+                     const Matrix* residual, const Matrix& y);
+  void libraryInputGrad(const Matrix& dy, const CpuWeight& w, const Matrix* downGrad, const Matrix* a, const Matrix& dx);
 
   // Writes a tensor of the file, in the compute type, to `target` [rows * cols] (file_tensors.cpp).
   void convertFromFile(const HostTensor& tensor, void* target);
@@ -93,10 +117,9 @@ class CpuDevice : public Device {
   size_t packBudget_;  // bytes left for packed copies of weights
   const Kernels& kernels_;
   std::unique_ptr<Products> products_;
-  Buffer scratch_;
-  size_t scratchBytes_ = 0;
-  Buffer productScratch_;  // apart from scratch_, which callers may hold across a product
-  size_t productScratchBytes_ = 0;
+  Scratch scratch_;
+  Scratch productScratch_;  // apart from scratch_, which callers may hold across a product
+  Scratch panelScratch_;
 };
 
 }  // namespace lora_da::cpu

@@ -1,5 +1,7 @@
-// A frozen weight of the CPU device, in the layouts that its uses need.
+// A frozen weight of the CPU device, in the layouts that its products need.
 #pragma once
+
+#include <vector>
 
 #include "core/device.h"
 
@@ -7,11 +9,27 @@ namespace lora_da::cpu {
 
 class CpuWeight : public Weight {
  public:
-  DType dtype = DType::f32;     // of every layout
-  const void* plain = nullptr;  // [out, in] row-major; null once packed copies replace it
-  Buffer plainOwner;            // set where `plain` is a converted or stacked copy and not mapped pages
-  Buffer packedForward;         // layout chosen by oneDNN for y = x W^T; null: products read `plain`
-  Buffer packedInputGrad;       // and for dx = dy W
+  // Consecutive rows [rows, in] of the stacked weight, row-major.
+  struct Rows {
+    const char* data = nullptr;
+    int64_t rows = 0;
+  };
+
+  DType dtype = DType::f32;  // of `parts`
+  std::vector<Rows> parts;   // mapped pages, or `copy`; empty once packed copies replace them
+  Buffer copy;               // set where a product cannot read the file's rows: stacked, in the compute type
+  Buffer packedForward;      // oneDNN's layout for y = x W^T; null: products read `parts`
+  Buffer packedInputGrad;    // and for dx = dy W
+
+  size_t rowBytes() const { return static_cast<size_t>(in) * sizeOf(dtype); }
+  // Row `row` of the stacked weight.
+  const char* row(int64_t row) const {
+    for (const Rows& part : parts) {
+      if (row < part.rows) return part.data + static_cast<size_t>(row) * rowBytes();
+      row -= part.rows;
+    }
+    return nullptr;
+  }
 };
 
 }  // namespace lora_da::cpu

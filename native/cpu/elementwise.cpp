@@ -54,27 +54,19 @@ void CpuDevice::squareSum(const Matrix& x, double* sums) {
 
 void CpuDevice::embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) {
   const auto& weight = static_cast<const CpuWeight&>(table);
-  if (!weight.plain) throw Error(code::internal, "embed needs a weight that was prepared for lookup");
+  if (weight.parts.size() != 1) throw Error(code::internal, "embed needs a weight that was prepared for lookup");
   const auto toFloat = of(kernels_, weight.dtype).toFloat;
   const auto scaleRow = kernels_.scaleRow;
-  const Matrix rows{const_cast<void*>(weight.plain), weight.dtype, weight.out, weight.in, weight.in};
+  const char* rows = weight.parts.front().data;
   overRows(x.rows, threads_, [&](int64_t i) {
-    toFloat(rowOf(rows, ids[i]), floatRow(x, i), x.cols);
+    toFloat(rows + static_cast<size_t>(ids[i]) * weight.rowBytes(), floatRow(x, i), x.cols);
     if (scale != 1.0f) scaleRow(scale, floatRow(x, i), x.cols);
   });
 }
 
-void CpuDevice::rmsNorm(const Matrix& x, const Matrix* residual, const float* weight, float epsilon, const Matrix& sum,
-                        const Matrix& y, float* rstd) {
-  const TypedKernels& typed = of(kernels_, y.dtype);
-  if (residual && residual->dtype != y.dtype && residual->dtype != DType::f32) {
-    throw Error(code::internal, "rmsNorm takes a residual in float32 or the type of its output");
-  }
-  const auto rmsNorm = residual && residual->dtype == DType::f32 ? typed.rmsNormFloatResidual : typed.rmsNorm;
-  overRows(x.rows, threads_, [&](int64_t i) {
-    rstd[i] = rmsNorm(floatRow(x, i), residual ? rowOf(*residual, i) : nullptr, weight, epsilon,
-                      residual ? floatRow(sum, i) : nullptr, rowOf(y, i), x.cols);
-  });
+void CpuDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) {
+  const auto rmsNorm = of(kernels_, y.dtype).rmsNorm;
+  overRows(x.rows, threads_, [&](int64_t i) { rstd[i] = rmsNorm(floatRow(x, i), weight, epsilon, rowOf(y, i), x.cols); });
 }
 
 void CpuDevice::rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) {
@@ -82,10 +74,13 @@ void CpuDevice::rmsNormApply(const Matrix& x, const float* rstd, const float* we
   overRows(x.rows, threads_, [&](int64_t i) { rmsNormApply(floatRow(x, i), rstd[i], weight, rowOf(y, i), x.cols); });
 }
 
-void CpuDevice::rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx) {
-  const auto rmsNormGrad = kernels_.rmsNormGrad;
-  overRows(x.rows, threads_,
-           [&](int64_t i) { rmsNormGrad(floatRow(x, i), rstd[i], weight, floatRow(dy, i), floatRow(dx, i), x.cols); });
+void CpuDevice::rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
+                            const Matrix* rounded) {
+  const auto rmsNormGrad = of(kernels_, rounded ? rounded->dtype : DType::f32).rmsNormGrad;
+  overRows(x.rows, threads_, [&](int64_t i) {
+    rmsNormGrad(floatRow(x, i), rstd[i], weight, floatRow(dy, i), floatRow(dx, i), rounded ? rowOf(*rounded, i) : nullptr,
+                x.cols);
+  });
 }
 
 void CpuDevice::rope(const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
@@ -116,11 +111,11 @@ void CpuDevice::gatedMlp(const Matrix& gateUp, Activation activation, const Matr
   overRows(h.rows, threads_, [&](int64_t i) { gatedMlp(rowOf(gateUp, i), rowOf(up, i), activation, rowOf(h, i), h.cols); });
 }
 
-void CpuDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) {
+void CpuDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) {
   const auto gatedMlpGrad = of(kernels_, dh.dtype).gatedMlpGrad;
   const Matrix up = gateUp.columns(dh.cols, dh.cols);
   overRows(dh.rows, threads_,
-           [&](int64_t i) { gatedMlpGrad(rowOf(gateUp, i), rowOf(up, i), activation, rowOf(dh, i), dh.cols); });
+           [&](int64_t i) { gatedMlpGrad(rowOf(gateUp, i), rowOf(up, i), activation, rowOf(dh, i), rowOf(h, i), dh.cols); });
 }
 
 void CpuDevice::gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) {

@@ -45,15 +45,15 @@ void CpuDevice::zero(void* device, size_t bytes) {
   if (bytes > 0) std::memset(device, 0, bytes);
 }
 
-void* CpuDevice::scratch(size_t bytes) {
-  if (bytes > scratchBytes_) {
+void* CpuDevice::grow(Scratch& scratch, size_t bytes, const char* purpose) {
+  if (bytes > scratch.bytes) {
     // The old memory goes first, so that both never exist together.
-    scratch_.reset();
-    scratchBytes_ = 0;
-    scratch_ = allocate(bytes, "scratch of the CPU device");
-    scratchBytes_ = bytes;
+    scratch.memory.reset();
+    scratch.bytes = 0;
+    scratch.memory = allocate(bytes, purpose);
+    scratch.bytes = bytes;
   }
-  return scratch_.get();
+  return scratch.memory.get();
 }
 
 }  // namespace lora_da::cpu

@@ -8,7 +8,6 @@
 
 #include "core/error.h"
 #include "cpu/cpu_device.h"
-#include "cpu/cpu_weight.h"
 
 namespace lora_da::cpu {
 
@@ -19,6 +18,9 @@ using dnnl::memory;
 // The row count that packed layouts are chosen for. oneDNN's blocked layouts depend on K and N; its products accept them for any
 // row count, one row (decoding) included.
 constexpr int64_t typicalRows = 512;
+
+// Products with at most so many columns or rows go to the own kernels for thin factors, where there are any.
+constexpr int64_t thinWidth = 192;
 
 memory::data_type typeOf(DType type) {
   return type == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
@@ -130,77 +132,6 @@ void Products::run(const ProductKey& key, const void* a, const void* b, const fl
   stream_.wait();
 }
 
-// --- the device's operations ---------------------------------------------------------------------------------------
-
-std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts, WeightUses uses) {
-  auto weight = std::make_unique<CpuWeight>();
-  weight->in = parts.front().cols;
-  for (const HostTensor& part : parts) weight->out += part.rows;
-  weight->dtype = computeType_;
-  const size_t elementBytes = sizeOf(computeType_);
-  const size_t bytes = static_cast<size_t>(weight->out * weight->in) * elementBytes;
-
-  // The row-major matrix: the mapped pages as they are, or a stacked and converted copy.
-  if (parts.size() == 1 && parts.front().dtype == computeType_ &&
-      reinterpret_cast<uintptr_t>(parts.front().data) % elementBytes == 0) {
-    weight->plain = parts.front().data;
-  } else {
-    weight->plainOwner = allocate(bytes, "weight " + parts.front().name);
-    char* target = static_cast<char*>(weight->plainOwner.get());
-    for (const HostTensor& part : parts) {
-      convertFromFile(part, target);
-      target += static_cast<size_t>(part.rows * part.cols) * elementBytes;
-    }
-    weight->plain = weight->plainOwner.get();
-  }
-
-  const size_t forwardBytes = uses.forward ? products_->packedBytes(weight->in, weight->out, computeType_) : 0;
-  const size_t gradBytes = uses.inputGrad ? products_->packedBytes(weight->out, weight->in, computeType_) : 0;
-  if (forwardBytes + gradBytes <= packBudget_) {
-    packBudget_ -= forwardBytes + gradBytes;
-    if (uses.forward) {
-      weight->packedForward = allocate(forwardBytes, "packed weight " + parts.front().name);
-      products_->pack(weight->in, weight->out, computeType_, weight->plain, Layout::transposed, weight->packedForward.get());
-    }
-    if (uses.inputGrad) {
-      weight->packedInputGrad = allocate(gradBytes, "packed weight " + parts.front().name);
-      products_->pack(weight->out, weight->in, computeType_, weight->plain, Layout::rowMajor, weight->packedInputGrad.get());
-    }
-    if (!uses.lookup) {
-      weight->plain = nullptr;
-      weight->plainOwner.reset();
-    }
-  }
-  if (weight->plain != parts.front().data || weight->packedForward) {
-    for (const HostTensor& part : parts) {
-      if (part.release) part.release();
-    }
-  }
-  return weight;
-}
-
-void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
-                       const Matrix& y) {
-  const auto& w = static_cast<const CpuWeight&>(weight);
-  // The LoRA term first: oneDNN then adds the large product to it before it rounds, and y is written once more but never
-  // read by a pass of its own.
-  if (down) matmul(Transpose::no, *down, Transpose::no, *up, 1.0f, false, y);
-  const bool packed = w.packedForward != nullptr;
-  const ProductKey key{
-      x.rows,          w.out,           w.in, w.dtype,  y.dtype,           false,   packed ? Layout::packed : Layout::transposed,
-      down != nullptr, bias != nullptr, 1.0f, x.stride, packed ? 0 : w.in, y.stride};
-  products_->run(key, x.data, packed ? w.packedForward.get() : w.plain, bias, y.data);
-}
-
-void CpuDevice::linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) {
-  const auto& w = static_cast<const CpuWeight&>(weight);
-  const bool packed = w.packedInputGrad != nullptr;
-  const ProductKey key{
-      dy.rows,    w.in,  w.out, w.dtype,   dx.dtype,          false,    packed ? Layout::packed : Layout::rowMajor,
-      accumulate, false, 1.0f,  dy.stride, packed ? 0 : w.in, dx.stride};
-  products_->run(key, dy.data, packed ? w.packedInputGrad.get() : w.plain, nullptr, dx.data);
-}
-
 void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
                        const Matrix& c) {
   const int64_t m = c.rows, n = c.cols, k = ta == Transpose::yes ? a.rows : a.cols;
@@ -209,6 +140,13 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
                 static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), alpha, a.as<double>(), static_cast<int>(a.stride),
                 b.as<double>(), static_cast<int>(b.stride), accumulate ? 1.0 : 0.0, c.as<double>(), static_cast<int>(c.stride));
     return;
+  }
+  if (hasPanels() && a.dtype == computeType_ && b.dtype == computeType_) {
+    // LoRA's factors: few columns, or a sum over the tokens with few rows.
+    if (ta == Transpose::no && tb == Transpose::yes && !accumulate && n <= thinWidth) return thinProduct(a, b, alpha, c);
+    if (ta == Transpose::yes && tb == Transpose::no && accumulate && m <= thinWidth && alpha == 1.0f && c.dtype == DType::f32) {
+      return outerSum(a, b, c);
+    }
   }
   const ProductKey key{m,
                        n,

@@ -44,7 +44,7 @@ void attentionForward(const LayerContext& c) {
   const DecoderSpec& spec = c.spec;
   LayerActivations& kept = c.buffers.layer(c.layer);
   const Matrix& projected = spec.headNorm ? kept.qkvRaw : kept.qkv;
-  c.weights.attentionInputs.forward(c.device, c.group(0), c.buffers.normed, c.down(0), projected);
+  c.weights.attentionInputs.forward(c.device, c.group(0), c.buffers.normed, c.down(0), nullptr, projected);
 
   const QkvViews raw = split(spec, projected), rotated = split(spec, kept.qkv);
   const int32_t* positions = c.batch.devicePositions;
@@ -58,7 +58,8 @@ void attentionForward(const LayerContext& c) {
   } else {
     c.device.attention(rotated.q, rotated.k, rotated.v, c.batch.sequences, shapeOf(c), kept.context, kept.lse);
   }
-  c.weights.attentionOutput.forward(c.device, c.group(1), kept.context, c.down(1), c.buffers.branch);
+  c.weights.attentionOutput.forward(c.device, c.group(1), kept.context, c.down(1),
+                                    &c.buffers.inputs[static_cast<size_t>(c.layer)], kept.middle);
 }
 
 void attentionBackward(const LayerContext& c) {
@@ -68,10 +69,9 @@ void attentionBackward(const LayerContext& c) {
   const Matrix& input = buffers.inputs[static_cast<size_t>(c.layer)];
   const auto* normWeight = static_cast<const float*>(c.weights.attentionNorm.get());
 
-  c.device.convert(buffers.streamGrad, buffers.branchGrad);
   if (c.observer) c.observer->observe(c.weights.attentionOutput.index, kept.context, buffers.branchGrad);
-  c.weights.attentionOutput.backward(c.device, c.group(1), kept.context, c.down(1), buffers.branchGrad, c.downGrad(1),
-                                     &buffers.contextGrad);
+  c.weights.attentionOutput.backward(c.device, c.group(1), c.down(1), buffers.branchGrad, c.downGrad(1), &buffers.contextGrad);
+  c.weights.attentionOutput.backwardInput(c.device, c.group(1), kept.context, c.downGrad(1));
 
   const QkvViews rotated = split(spec, kept.qkv), grad = split(spec, buffers.qkvGrad);
   c.device.attentionGrad(rotated.q, rotated.k, rotated.v, kept.context, kept.lse, buffers.contextGrad, c.batch.sequences,
@@ -86,9 +86,12 @@ void attentionBackward(const LayerContext& c) {
   c.device.rmsNormApply(input, kept.attentionRstd, normWeight, buffers.normed);
   if (c.observer) c.observer->observe(c.weights.attentionInputs.index, buffers.normed, buffers.qkvGrad);
   const bool wanted = c.layer > 0;  // nothing trainable lies below the first layer
-  c.weights.attentionInputs.backward(c.device, c.group(0), buffers.normed, c.down(0), buffers.qkvGrad, c.downGrad(0),
+  c.weights.attentionInputs.backward(c.device, c.group(0), c.down(0), buffers.qkvGrad, c.downGrad(0),
                                      wanted ? &buffers.normedGrad : nullptr);
-  if (wanted) c.device.rmsNormGrad(input, kept.attentionRstd, normWeight, buffers.normedGrad, buffers.streamGrad);
+  c.weights.attentionInputs.backwardInput(c.device, c.group(0), buffers.normed, c.downGrad(0));
+  if (wanted) {
+    c.device.rmsNormGrad(input, kept.attentionRstd, normWeight, buffers.normedGrad, buffers.streamGrad, buffers.roundedGrad());
+  }
 }
 
 }  // namespace lora_da

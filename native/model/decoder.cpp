@@ -78,25 +78,17 @@ void Decoder::forward(const Pass& pass) {
   const auto normOf = [](const Buffer& buffer) { return static_cast<const float*>(buffer.get()); };
 
   device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, buffers.inputs[0]);
-  device_->rmsNorm(buffers.inputs[0], nullptr, normOf(weights_.layers[0].attentionNorm), epsilon, buffers.inputs[0],
-                   buffers.normed, buffers.layer(0).attentionRstd);
   for (int64_t layer = 0; layer < spec_.layers; ++layer) {
     checkCancelled();
     const LayerContext context = layerContext(pass, layer);
     LayerActivations& kept = buffers.layer(layer);
+    device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], normOf(context.weights.attentionNorm), epsilon, buffers.normed,
+                     kept.attentionRstd);
     attentionForward(context);
-    device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], &buffers.branch, normOf(context.weights.mlpNorm), epsilon,
-                     kept.middle, buffers.normed, kept.mlpRstd);
+    device_->rmsNorm(kept.middle, normOf(context.weights.mlpNorm), epsilon, buffers.normed, kept.mlpRstd);
     mlpForward(context, true);
-    if (layer + 1 < spec_.layers) {
-      const auto next = static_cast<size_t>(layer + 1);
-      device_->rmsNorm(kept.middle, &buffers.branch, normOf(weights_.layers[next].attentionNorm), epsilon, buffers.inputs[next],
-                       buffers.normed, buffers.layer(layer + 1).attentionRstd);
-    } else {
-      device_->rmsNorm(kept.middle, &buffers.branch, finalNorm(), epsilon, buffers.finalStream, buffers.normed,
-                       buffers.finalRstd);
-    }
   }
+  device_->rmsNorm(buffers.finalStream, finalNorm(), epsilon, buffers.normed, buffers.finalRstd);
 }
 
 void Decoder::headForward(const Pass& pass, bool gradient) {
@@ -111,21 +103,24 @@ void Decoder::headForward(const Pass& pass, bool gradient) {
   const size_t streamBytes = static_cast<size_t>(batch.rows * spec_.hiddenSize) * sizeof(float);
   device_->zero(buffers.normedGrad.data, streamBytes);
   device_->zero(buffers.streamGrad.data, streamBytes);
+  if (const Matrix* rounded = buffers.roundedGrad()) {
+    device_->zero(rounded->data, static_cast<size_t>(batch.rows * spec_.hiddenSize) * sizeOf(rounded->dtype));
+  }
   if (batch.labelRows == 0) return;
   device_->scatterAddRows(buffers.labelGrad.rowRange(0, batch.labelRows), batch.deviceLabelIndex, buffers.normedGrad);
-  device_->rmsNormGrad(buffers.finalStream, buffers.finalRstd, finalNorm(), buffers.normedGrad, buffers.streamGrad);
+  device_->rmsNormGrad(buffers.finalStream, buffers.finalRstd, finalNorm(), buffers.normedGrad, buffers.streamGrad,
+                       buffers.roundedGrad());
 }
 
 void Decoder::recomputeLayer(const Pass& pass, int64_t layer) {
   StepBuffers& buffers = pass.buffers;
   const LayerContext context = layerContext(pass, layer);
   LayerActivations& kept = buffers.layer(layer);
-  const Matrix& input = buffers.inputs[static_cast<size_t>(layer)];
-  device_->rmsNorm(input, nullptr, static_cast<const float*>(context.weights.attentionNorm.get()), spec_.normEpsilon, input,
-                   buffers.normed, kept.attentionRstd);
+  device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], static_cast<const float*>(context.weights.attentionNorm.get()),
+                   spec_.normEpsilon, buffers.normed, kept.attentionRstd);
   attentionForward(context);
-  device_->rmsNorm(input, &buffers.branch, static_cast<const float*>(context.weights.mlpNorm.get()), spec_.normEpsilon,
-                   kept.middle, buffers.normed, kept.mlpRstd);
+  device_->rmsNorm(kept.middle, static_cast<const float*>(context.weights.mlpNorm.get()), spec_.normEpsilon, buffers.normed,
+                   kept.mlpRstd);
   mlpForward(context, false);
 }
 
@@ -217,7 +212,7 @@ std::vector<float> Decoder::logits(const TokenBatch& tokens) {
   forward({batch, buffers, lora, Keep::nothing, rotary_.get(*device_, spec_, batch.maxLength)});
   const Buffer memory = device_->allocate(static_cast<size_t>(batch.tokens * spec_.vocabSize) * sizeof(float), "logits");
   const Matrix logits{memory.get(), DType::f32, batch.tokens, spec_.vocabSize, spec_.vocabSize};
-  device_->linear(buffers.normed.rowRange(0, batch.tokens), weights_.head(), nullptr, nullptr, nullptr, logits);
+  device_->linear(buffers.normed.rowRange(0, batch.tokens), weights_.head(), nullptr, nullptr, nullptr, nullptr, logits);
   std::vector<float> host(static_cast<size_t>(batch.tokens * spec_.vocabSize));
   device_->download(host.data(), logits.data, host.size() * sizeof(float));
   device_->synchronize();
@@ -255,7 +250,7 @@ MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, Recompute re
              {roundRows(tokens), roundRows(labelTokens), recompute == Recompute::layer ? Keep::layerInputs : Keep::all, true});
   plan.activations = arena.used();
   plan.adapters = lora_ ? lora_->bytes() : 0;
-  plan.workspace = device_->workspaceBytes(spec_.vocabSize);
+  plan.workspace = device_->workspaceBytes(roundRows(labelTokens), spec_.vocabSize);
   return plan;
 }
 

@@ -56,7 +56,7 @@ std::vector<float> Decoder::nextLogits(PackedBatch& batch, KvCache& cache) {
   const size_t bytes = host.size() * sizeof(float);
   if (!nextLogits_) nextLogits_ = device_->allocate(bytes, "logits of a token");
   const Matrix logits{nextLogits_.get(), DType::f32, 1, spec_.vocabSize, spec_.vocabSize};
-  device_->linear(buffers.normed.rowRange(batch.tokens - 1, 1), weights_.head(), nullptr, nullptr, nullptr, logits);
+  device_->linear(buffers.normed.rowRange(batch.tokens - 1, 1), weights_.head(), nullptr, nullptr, nullptr, nullptr, logits);
   device_->download(host.data(), logits.data, bytes);
   device_->synchronize();
   return host;

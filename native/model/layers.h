@@ -1,8 +1,8 @@
 // The two blocks of a decoder layer, each with its backward.
 //
-// The residual stream enters as buffers.inputs[layer], is buffers.layer(i).middle between the blocks, and each block leaves what
-// it adds in buffers.branch; the add itself is fused into the norm that follows. In backward, buffers.streamGrad holds the
-// gradient of the stream after the block and becomes the gradient before it.
+// The residual stream enters as buffers.inputs[layer], is buffers.layer(i).middle between the blocks and leaves as
+// buffers.output(layer): each block's last product adds to it. In backward, buffers.streamGrad holds the gradient of the stream
+// after the block and becomes the gradient before it, buffers.branchGrad the same in the compute type.
 #pragma once
 
 #include "model/batch.h"
@@ -45,7 +45,7 @@ struct LayerContext {
 void attentionForward(const LayerContext& context);
 void attentionBackward(const LayerContext& context);
 
-// Expects buffers.normed = the MLP norm of middle. `withOutput` false stops before the down-projection (recomputation).
+// Expects buffers.normed = the MLP norm of middle. `withOutput` false stops at LoRA's down-projection (recomputation).
 void mlpForward(const LayerContext& context, bool withOutput);
 void mlpBackward(const LayerContext& context);
 

@@ -30,13 +30,17 @@ struct Projection {
   std::unique_ptr<Weight> weight;
   Buffer bias;  // [out] float32; null: none
 
-  // y [T, out] = x W^T + bias + down up, where down [T, k] = scaling * x a^T is kept for backward. lora: null without adapters.
-  void forward(Device& device, const LoraGroup* lora, const Matrix& x, const Matrix& down, const Matrix& y) const;
+  // y [T, out] = x W^T + bias + down up + residual, where down [T, k] = scaling * x a^T is kept for backward. lora: null without
+  // adapters; residual: null, or float32 as y.
+  void forward(Device& device, const LoraGroup* lora, const Matrix& x, const Matrix& down, const Matrix* residual,
+               const Matrix& y) const;
 
-  // From dy [T, out]: the factors' gradients are accumulated; dx [T, in] (null: not wanted) is overwritten. ddown [T, k] is
-  // scratch.
-  void backward(Device& device, const LoraGroup* lora, const Matrix& x, const Matrix& down, const Matrix& dy, const Matrix& ddown,
+  // From dy [T, out]: B's gradient is accumulated; ddown [T, k], the gradient of the down-projection, and dx [T, in] (null: not
+  // wanted) are overwritten.
+  void backward(Device& device, const LoraGroup* lora, const Matrix& down, const Matrix& dy, const Matrix& ddown,
                 const Matrix* dx) const;
+  // A's gradient is accumulated from the input x, which may be made again after backward(), and its ddown.
+  void backwardInput(Device& device, const LoraGroup* lora, const Matrix& x, const Matrix& ddown) const;
 };
 
 }  // namespace lora_da

@@ -45,7 +45,6 @@ StepBuffers layoutStep(Arena& arena, const DecoderSpec& spec, DType type, const 
   for (int64_t i = 0; i < kept; ++i) buffers.layers.push_back(layoutLayer(arena, spec, type, lora, rows));
 
   buffers.normed = arena.matrix(type, rows, hidden);
-  buffers.branch = arena.matrix(DType::f32, rows, hidden);
   buffers.hidden = arena.matrix(type, rows, spec.intermediateSize);
   buffers.finalStream = arena.matrix(DType::f32, rows, hidden);
   buffers.finalRstd = arena.array<float>(rows);
@@ -55,7 +54,7 @@ StepBuffers layoutStep(Arena& arena, const DecoderSpec& spec, DType type, const 
 
   buffers.labelGrad = arena.matrix(DType::f32, labels, hidden);
   buffers.streamGrad = arena.matrix(DType::f32, rows, hidden);
-  buffers.branchGrad = arena.matrix(type, rows, hidden);
+  buffers.branchGrad = type == DType::f32 ? buffers.streamGrad : arena.matrix(type, rows, hidden);
   buffers.normedGrad = arena.matrix(DType::f32, rows, hidden);
   buffers.hiddenGrad = arena.matrix(type, rows, spec.intermediateSize);
   buffers.contextGrad = arena.matrix(type, rows, spec.queryWidth());

@@ -38,7 +38,6 @@ struct StepBuffers {
   std::vector<LayerActivations> layers;  // one per layer, or a single one used by all
   // Scratch of forward
   Matrix normed;               // [T, H]
-  Matrix branch;               // what a block adds to the residual stream, float32 [T, H]
   Matrix hidden;               // gated product [T, I]
   Matrix finalStream;          // residual stream after the last layer, float32 [T, H]
   float* finalRstd = nullptr;  // [T]
@@ -48,13 +47,20 @@ struct StepBuffers {
   // Backward
   Matrix labelGrad;    // [L, H] float32
   Matrix streamGrad;   // gradient of the residual stream, float32 [T, H]
-  Matrix branchGrad;   // the same in the compute type
+  Matrix branchGrad;   // the same in the compute type; the same buffer where that is float32
   Matrix normedGrad;   // float32 [T, H]
   Matrix hiddenGrad;   // [T, I]
   Matrix contextGrad;  // [T, q]
   Matrix qkvGrad;      // [T, q + k + v]
   Matrix downGrad;     // [T, largest k]
 
+  // The residual stream after a layer.
+  const Matrix& output(int64_t layer) const {
+    const auto next = static_cast<size_t>(layer + 1);
+    return next < inputs.size() ? inputs[next] : finalStream;
+  }
+  // What rmsNormGrad has to write beside streamGrad: branchGrad, or nothing where they are one.
+  const Matrix* roundedGrad() const { return branchGrad.data == streamGrad.data ? nullptr : &branchGrad; }
   LayerActivations& layer(int64_t index) { return layers.size() == 1 ? layers.front() : layers[static_cast<size_t>(index)]; }
 };
 

@@ -106,6 +106,7 @@ HostTensor CheckpointFiles::tensor(const std::string& name, const std::vector<in
   tensor.dtype = source.dtype;
   tensor.rows = shape.size() == 2 ? shape[0] : 1;
   tensor.cols = shape.back();
+  tensor.populate = [file, offset = source.offset, bytes = source.bytes] { file->populate(offset, bytes); };
   tensor.release = [file, offset = source.offset, bytes = source.bytes] { file->release(offset, bytes); };
   return tensor;
 }

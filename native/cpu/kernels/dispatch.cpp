@@ -10,22 +10,26 @@ namespace lora_da::cpu {
 namespace baseline {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
+void fillProducts(Kernels& table);
 }  // namespace baseline
 
 #if defined(__x86_64__)
 namespace avx2 {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
+void fillProducts(Kernels& table);
 }  // namespace avx2
 
 namespace avx512 {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
+void fillProducts(Kernels& table);
 }  // namespace avx512
 
 namespace avx512bf16 {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
+void fillProducts(Kernels& table);
 }  // namespace avx512bf16
 #endif
 
@@ -36,17 +40,20 @@ struct InstructionSet {
   bool (*runsHere)();
   void (*fillElementwise)(Kernels& table);
   void (*fillAttention)(Kernels& table);
+  void (*fillProducts)(Kernels& table);
 };
 
 // Best first; the last runs everywhere.
 constexpr InstructionSet instructionSets[] = {
 #if defined(__x86_64__)
     {"avx512bf16", [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16"); },
-     avx512bf16::fillElementwise, avx512bf16::fillAttention},
-    {"avx512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::fillElementwise, avx512::fillAttention},
-    {"avx2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::fillElementwise, avx2::fillAttention},
+     avx512bf16::fillElementwise, avx512bf16::fillAttention, avx512bf16::fillProducts},
+    {"avx512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::fillElementwise, avx512::fillAttention,
+     avx512::fillProducts},
+    {"avx2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::fillElementwise, avx2::fillAttention,
+     avx2::fillProducts},
 #endif
-    {"baseline", [] { return true; }, baseline::fillElementwise, baseline::fillAttention},
+    {"baseline", [] { return true; }, baseline::fillElementwise, baseline::fillAttention, baseline::fillProducts},
 };
 
 // The first set to consider: the one that the variable names, or the best. An unknown name is as good as none.
@@ -65,6 +72,7 @@ Kernels choose() {
   table.isa = set->name;
   set->fillElementwise(table);
   set->fillAttention(table);
+  set->fillProducts(table);
   return table;
 }
 

@@ -20,29 +20,22 @@ void rmsNormApply(const float* x, float rstd, const float* weight, void* y, int6
   overVectors(width, [&](int64_t i, auto part) { store(out + i, load(x + i, part) * rstd * load(weight + i, part), part); });
 }
 
-template <class T, class R>
-float rmsNorm(const float* x, const void* residual, const float* weight, float epsilon, float* sum, void* y, int64_t width) {
-  const R* r = static_cast<const R*>(residual);
+template <class T>
+float rmsNorm(const float* x, const float* weight, float epsilon, void* y, int64_t width) {
   Vec squares{};
-  if (r) {
-    overVectors(width, [&](int64_t i, auto part) {
-      const Vec v = load(x + i, part) + load(r + i, part);
-      store(sum + i, v, part);
-      squares += v * v;
-    });
-  } else {
-    overVectors(width, [&](int64_t i, auto part) {
-      const Vec v = load(x + i, part);
-      squares += v * v;
-    });
-  }
+  overVectors(width, [&](int64_t i, auto part) {
+    const Vec v = load(x + i, part);
+    squares += v * v;
+  });
   const float rstd = reciprocalRoot(sumOfLanesDouble(squares), width, epsilon);
-  rmsNormApply<T>(r ? sum : x, rstd, weight, y, width);
+  rmsNormApply<T>(x, rstd, weight, y, width);
   return rstd;
 }
 
 // With n = x rstd and g = dy weight: dx += rstd (g - n mean(g n)).
-void rmsNormGrad(const float* x, float rstd, const float* weight, const float* dy, float* dx, int64_t width) {
+template <class T>
+void rmsNormGrad(const float* x, float rstd, const float* weight, const float* dy, float* dx, void* rounded, int64_t width) {
+  T* copy = static_cast<T*>(rounded);
   Vec products{};
   overVectors(width,
               [&](int64_t i, auto part) { products += load(x + i, part) * (load(dy + i, part) * load(weight + i, part)); });
@@ -50,7 +43,9 @@ void rmsNormGrad(const float* x, float rstd, const float* weight, const float* d
   const float slope = static_cast<float>(mean * rstd * rstd);
   overVectors(width, [&](int64_t i, auto part) {
     const Vec g = load(dy + i, part) * load(weight + i, part);
-    store(dx + i, load(dx + i, part) + rstd * (g - slope * load(x + i, part)), part);
+    const Vec sum = load(dx + i, part) + rstd * (g - slope * load(x + i, part));
+    store(dx + i, sum, part);
+    if (copy) store(copy + i, sum, part);
   });
 }
 
@@ -175,12 +170,13 @@ void gatedRow(const T* gate, const T* up, T* h, int64_t width) {
 }
 
 template <class A, class T>
-void gatedGradRow(T* gate, T* up, const T* dh, int64_t width) {
+void gatedGradRow(T* gate, T* up, const T* dh, T* h, int64_t width) {
   overVectors(width, [&](int64_t i, auto part) {
     const ValueAndSlope a = A::both(load(gate + i, part));
     const Vec d = load(dh + i, part), u = load(up + i, part);
     store(gate + i, d * u * a.slope, part);
     store(up + i, d * a.value, part);
+    store(h + i, a.value * u, part);
   });
 }
 
@@ -197,14 +193,15 @@ void gatedMlp(const void* gate, const void* up, Activation activation, void* h, 
 }
 
 template <class T>
-void gatedMlpGrad(void* gate, void* up, Activation activation, const void* dh, int64_t width) {
+void gatedMlpGrad(void* gate, void* up, Activation activation, const void* dh, void* h, int64_t width) {
   T* g = static_cast<T*>(gate);
   T* u = static_cast<T*>(up);
   const T* d = static_cast<const T*>(dh);
+  T* out = static_cast<T*>(h);
   switch (activation) {
-    case Activation::silu: return gatedGradRow<Silu>(g, u, d, width);
-    case Activation::geluTanh: return gatedGradRow<GeluTanh>(g, u, d, width);
-    case Activation::gelu: return gatedGradRow<Gelu>(g, u, d, width);
+    case Activation::silu: return gatedGradRow<Silu>(g, u, d, out, width);
+    case Activation::geluTanh: return gatedGradRow<GeluTanh>(g, u, d, out, width);
+    case Activation::gelu: return gatedGradRow<Gelu>(g, u, d, out, width);
   }
 }
 
@@ -281,6 +278,7 @@ double squaredNorm(const float* x, int64_t count) {
 template <class T>
 float crossEntropy(const float* logits, int32_t target, float scale, void* dlogits, int64_t vocabulary) {
   constexpr int64_t blockCols = 2048;
+  const float targetLogit = logits[target];  // dlogits may take the place of the logits
   float largest = -__builtin_inff();
   double sum = 0;
   for (int64_t first = 0; first < vocabulary; first += blockCols) {
@@ -304,10 +302,10 @@ float crossEntropy(const float* logits, int32_t target, float scale, void* dlogi
     overVectors(vocabulary,
                 [&](int64_t i, auto part) { store(d + i, share * expOfNonPositive(load(logits + i, part) - largest), part); });
     // In double: where the target is nearly certain, what is left is smaller than float32's rounding of the probability.
-    const double weight = static_cast<double>(expOfNonPositive(broadcast(logits[target] - largest))[0]);
+    const double weight = static_cast<double>(expOfNonPositive(broadcast(targetLogit - largest))[0]);
     store(d + target, broadcast(static_cast<float>(static_cast<double>(scale) * ((weight - sum) / sum))), Part{1});
   }
-  return static_cast<float>(__builtin_log(sum) + static_cast<double>(largest) - static_cast<double>(logits[target]));
+  return static_cast<float>(__builtin_log(sum) + static_cast<double>(largest) - static_cast<double>(targetLogit));
 }
 
 // --- AdamW, as torch.optim.AdamW: the decay is decoupled ---
@@ -334,9 +332,9 @@ void adamw(float* value, const float* grad, float* firstMoment, float* secondMom
 
 template <class T>
 void fillTyped(TypedKernels& table) {
-  table.rmsNorm = rmsNorm<T, T>;
-  table.rmsNormFloatResidual = rmsNorm<T, float>;
+  table.rmsNorm = rmsNorm<T>;
   table.rmsNormApply = rmsNormApply<T>;
+  table.rmsNormGrad = rmsNormGrad<T>;
   table.rope = rope<T>;
   table.ropeGrad = ropeGrad<T>;
   table.gatedMlp = gatedMlp<T>;
@@ -352,7 +350,6 @@ void fillTyped(TypedKernels& table) {
 void fillElementwise(Kernels& table) {
   fillTyped<float>(table.f32);
   fillTyped<Bf16>(table.bf16);
-  table.rmsNormGrad = rmsNormGrad;
   table.scaleRow = scaleRow;
   table.addRow = addRow;
   table.squaredNorm = squaredNorm;

@@ -39,25 +39,74 @@ inline constexpr int64_t attentionTile = 64;
   return (headDim + 15) / 16 * 16;
 }
 
+// Columns of a panel (see product_kernels.cpp): three vectors.
+inline constexpr int64_t panelCols = 48;
+
+// Memory that is wanted next: `rows` pieces of `lines` cache lines, `stride` bytes apart.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t stride = 0;
+  int64_t rows = 0;
+  int64_t lines = 0;
+};
+inline constexpr int aheadPieces = 4;
+
+// y [rows, cols] = scale * (x panel + lowRank panel') + bias + residual, or the same added to y's float32 values, for
+// the columns of one panel. x [rows, depth], lowRank [rows, lowRankDepth] and y (unless floatOutput) are in the compute type.
+struct PanelProduct {
+  const void* x = nullptr;
+  int64_t xStride = 0;
+  int64_t depth = 0;
+  const void* lowRank = nullptr;
+  int64_t lowRankStride = 0;
+  int64_t lowRankDepth = 0;  // 0: none; else its steps follow x's in the panel
+  const void* panel = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;  // at most panelCols
+  float scale = 1;
+  bool accumulate = false;  // only with floatOutput, scale 1
+  const float* bias = nullptr;
+  const float* residual = nullptr;
+  int64_t residualStride = 0;
+  void* y = nullptr;
+  int64_t yStride = 0;
+  bool floatOutput = true;
+  Ahead ahead[aheadPieces];  // what the next panel is made of, fetched into the cache meanwhile
+};
+
+// c [leftCols, cols] += left^T b over the rows of b [rows, cols]; left laid out by packRows as [steps][leftStride].
+struct OuterSum {
+  const void* left = nullptr;
+  int64_t leftStride = 0;
+  int64_t leftCols = 0;
+  const void* b = nullptr;
+  int64_t bStride = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  float* c = nullptr;
+  int64_t cStride = 0;
+};
+
 // T is float or Bf16 (see kernels/vector.h); void* in the table so that one table type serves both.
 struct TypedKernels {
-  // sum = x + residual, y = sum * rstd * weight; returns rstd. residual may be null, then sum is not written. One row of `width`.
-  float (*rmsNorm)(const float* x, const void* residual, const float* weight, float epsilon, float* sum, void* y, int64_t width);
-  float (*rmsNormFloatResidual)(const float* x, const void* residual, const float* weight, float epsilon, float* sum, void* y,
-                                int64_t width);
+  // y = x * rstd * weight; returns rstd. One row of `width`.
+  float (*rmsNorm)(const float* x, const float* weight, float epsilon, void* y, int64_t width);
   void (*rmsNormApply)(const float* x, float rstd, const float* weight, void* y, int64_t width);
+  // dx += gradient of rmsNorm, one row; rounded = dx in the compute type (null: not wanted).
+  void (*rmsNormGrad)(const float* x, float rstd, const float* weight, const float* dy, float* dx, void* rounded, int64_t width);
   // One row of heads: see Device::rope. cos, sin point at the row of this token's position.
   void (*rope)(const void* in, int32_t heads, int32_t headDim, const float* normWeight, float epsilon, const float* cos,
                const float* sin, int64_t pairs, void* out, float* rstd);
   void (*ropeGrad)(void* d, const void* in, int32_t heads, int32_t headDim, const float* normWeight, const float* cos,
                    const float* sin, int64_t pairs, const float* rstd);
   void (*gatedMlp)(const void* gate, const void* up, Activation activation, void* h, int64_t width);
-  void (*gatedMlpGrad)(void* gate, void* up, Activation activation, const void* dh, int64_t width);
+  void (*gatedMlpGrad)(void* gate, void* up, Activation activation, const void* dh, void* h, int64_t width);
   void (*fromFloat)(const float* x, void* y, int64_t count);
   void (*toFloat)(const void* x, float* y, int64_t count);
   // sums[j] += x[j]^2 over `rows` rows of `stride`.
   void (*squareSum)(const void* x, int64_t rows, int64_t cols, int64_t stride, double* sums);
-  // logits [vocabulary] of one row -> its loss; with dlogits (compute type; null: none) = scale * (softmax - onehot(target)).
+  // logits [vocabulary] of one row -> its loss; with dlogits (compute type; null: none; may be where the logits are) = scale *
+  // (softmax - onehot(target)).
   float (*crossEntropy)(const float* logits, int32_t target, float scale, void* dlogits, int64_t vocabulary);
   // See attention_kernels.cpp. out and lse of the head's queries = ; `scratch` has attentionScratch() floats.
   void (*attentionHead)(const AttentionHead& head, void* out, int64_t outStride, float* lse, int64_t lseStride, float* scratch);
@@ -69,6 +118,17 @@ struct TypedKernels {
                             float* scratch);
   int64_t (*attentionScratch)(const AttentionHead& head);      // floats
   int64_t (*attentionGradScratch)(const AttentionHead& head);  // floats
+  // Panels, see product_kernels.cpp; null where the instruction set has no kernels for them. Depths are rounded up to stepDepth,
+  // columns to 16; a panel has steps * columns floats. packColumns: rows of the source become columns, `rows` has one pointer
+  // for each column, rounded up to 16 (null: zeros). packRows: step i joins row i of `upper` and, in bfloat16, row i of `lower`
+  // (null: zeros); `stride` leads from one step's row to the next's. `type` is that of the source.
+  void (*packColumns)(const void* const* rows, DType type, int64_t depth, int64_t cols, void* panel);
+  void (*packRows)(const void* upper, const void* lower, DType type, int64_t stride, int64_t steps, int64_t cols, void* panel);
+  void (*multiplyPanel)(const PanelProduct& product);
+  void (*addOuter)(const OuterSum& sum);
+  // y[i] = row i of w [rows, depth] (of `type`) times x [depth].
+  void (*dotRows)(const void* x, const void* w, DType type, int64_t stride, int64_t rows, int64_t depth, float* y);
+  int64_t stepDepth;
   // One query row of one head over `length` cached rows; `scratch` has `length` floats.
   void (*attentionCachedHead)(const void* q, const void* keys, int64_t keyStride, const void* values, int64_t valueStride,
                               int64_t length, const AttentionShape& shape, void* out, float* scratch);
@@ -78,8 +138,6 @@ struct Kernels {
   const char* isa;  // "avx512bf16", "avx512", "avx2", "baseline"
   TypedKernels f32;
   TypedKernels bf16;
-  // dx += gradient of rmsNorm, one row.
-  void (*rmsNormGrad)(const float* x, float rstd, const float* weight, const float* dy, float* dx, int64_t width);
   void (*scaleRow)(float scale, float* x, int64_t count);   // x *= scale
   void (*addRow)(const float* x, float* y, int64_t count);  // y += x
   double (*squaredNorm)(const float* x, int64_t count);

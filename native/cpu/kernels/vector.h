@@ -4,7 +4,7 @@
 // linked into code that runs on an older one. For the same reason kernels use nothing inline of the standard library.
 #pragma once
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -64,10 +64,19 @@ KERNEL_INLINE Vec load(const float* p, Whole) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+#if defined(__AVX512F__)
+KERNEL_INLINE __mmask16 maskOf(Part part) {
+  return static_cast<__mmask16>((1u << part.count) - 1);
+}
+#endif
 KERNEL_INLINE Vec load(const float* p, Part part) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(maskOf(part), p));
+#else
   Vec v{};
   for (int i = 0; i < part.count; ++i) v[i] = p[i];
   return v;
+#endif
 }
 KERNEL_INLINE Vec widen(VecHalf half) {
   return fromBits(__builtin_convertvector(half, VecBits) << 16);
@@ -78,9 +87,13 @@ KERNEL_INLINE Vec load(const Bf16* p, Whole) {
   return widen(half);
 }
 KERNEL_INLINE Vec load(const Bf16* p, Part part) {
+#if defined(__AVX512F__)
+  return widen(reinterpret_cast<VecHalf>(_mm256_maskz_loadu_epi16(maskOf(part), p)));
+#else
   VecHalf half{};
   for (int i = 0; i < part.count; ++i) half[i] = p[i].bits;
   return widen(half);
+#endif
 }
 
 // Round to nearest even; NaN stays NaN.
@@ -99,7 +112,11 @@ KERNEL_INLINE void store(float* p, Vec v, Whole) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 KERNEL_INLINE void store(float* p, Vec v, Part part) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, maskOf(part), reinterpret_cast<__m512>(v));
+#else
   for (int i = 0; i < part.count; ++i) p[i] = v[i];
+#endif
 }
 KERNEL_INLINE void store(Bf16* p, Vec v, Whole) {
   const VecHalf half = narrow(v);
@@ -107,7 +124,11 @@ KERNEL_INLINE void store(Bf16* p, Vec v, Whole) {
 }
 KERNEL_INLINE void store(Bf16* p, Vec v, Part part) {
   const VecHalf half = narrow(v);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, maskOf(part), reinterpret_cast<__m256i>(half));
+#else
   for (int i = 0; i < part.count; ++i) p[i].bits = half[i];
+#endif
 }
 
 // The lanes beyond a Part become `fill`.
