@@ -1,7 +1,8 @@
-// Attention of the CPU device: tasks of one query head over one sequence, long sequences in chunks of queries, the largest first.
+// Attention of the CPU device: tasks of the query heads of one key head over one sequence, long sequences in chunks of queries,
+// the largest first.
 //
 // Forward tasks are independent. Backward tasks each keep their own part of dk and dv, float32 in scratch memory, and the parts
-// of a key head (its query heads, their chunks) are then added in that order. How work is cut depends on lengths alone, so
+// of a key head (one for each chunk) are then added in their order. How work is cut depends on shapes and lengths alone, so
 // results have the same bits for any number of threads.
 #include <omp.h>
 
@@ -15,11 +16,16 @@ namespace lora_da::cpu {
 
 namespace {
 
-// Chunks are long enough that packing a sequence's keys again for each stays cheap beside its products.
-constexpr int64_t forwardChunk = 512;
-constexpr int64_t backwardChunk = 1024;
+// Query rows of a task, over all its heads: enough that packing a sequence's keys again for each chunk stays cheap beside its
+// products.
+constexpr int64_t taskRows = 768;
+// Chunks of a long sequence: few, since each has its part of dk and dv.
+constexpr int64_t mostChunks = 8;
 // Bound on the memory for parts of dk and dv; key heads beyond it wait for the next wave.
 constexpr size_t gradPartBytes = size_t{256} << 20;
+
+// Stands for the only task of a key head: its dk and dv need no sum.
+constexpr int64_t noPart = -1;
 
 struct Task {
   int64_t firstRow = 0;  // of the sequence in the batch
@@ -27,8 +33,8 @@ struct Task {
   int64_t firstQuery = 0;
   int64_t queryCount = 0;
   int64_t firstKey = 0;
-  int32_t head = 0;
-  int64_t part = 0;  // backward: where its dk starts among the parts, in floats; dv follows
+  int32_t kvHead = 0;
+  int64_t part = 0;  // backward: where its dk starts among the parts, in floats; dv follows. Or noPart
   int64_t cost = 0;  // scores
 };
 
@@ -41,7 +47,14 @@ struct KeyHead {
   int64_t tasks = 0;
 };
 
-Task makeTask(const AttentionShape& shape, int64_t firstRow, int64_t length, int64_t firstQuery, int64_t chunk, int32_t head) {
+// Queries of a task, whole tiles.
+int64_t chunkOf(const AttentionShape& shape, int64_t length) {
+  const int64_t group = shape.heads / shape.kvHeads;
+  const int64_t queries = std::max((taskRows + group - 1) / group, (length + mostChunks - 1) / mostChunks);
+  return (queries + attentionTile - 1) / attentionTile * attentionTile;
+}
+
+Task makeTask(const AttentionShape& shape, int64_t firstRow, int64_t length, int64_t firstQuery, int64_t chunk, int32_t kvHead) {
   Task task;
   task.firstRow = firstRow;
   task.length = length;
@@ -49,7 +62,7 @@ Task makeTask(const AttentionShape& shape, int64_t firstRow, int64_t length, int
   task.queryCount = std::min(chunk, length - firstQuery);
   const int64_t firstKey = shape.window > 0 ? std::max<int64_t>(firstQuery - shape.window + 1, 0) : 0;
   task.firstKey = firstKey / attentionTile * attentionTile;
-  task.head = head;
+  task.kvHead = kvHead;
   const int64_t meanKeys = firstQuery + (task.queryCount + 1) / 2;
   task.cost = task.queryCount * (shape.window > 0 ? std::min<int64_t>(meanKeys, shape.window) : meanKeys);
   return task;
@@ -58,7 +71,7 @@ Task makeTask(const AttentionShape& shape, int64_t firstRow, int64_t length, int
 bool largerFirst(const Task& a, const Task& b) {
   if (a.cost != b.cost) return a.cost > b.cost;
   if (a.firstRow != b.firstRow) return a.firstRow < b.firstRow;
-  if (a.head != b.head) return a.head < b.head;
+  if (a.kvHead != b.kvHead) return a.kvHead < b.kvHead;
   return a.firstQuery < b.firstQuery;
 }
 
@@ -66,21 +79,30 @@ char* at(const Matrix& m, int64_t row, int64_t col) {
   return m.as<char>() + (row * m.stride + col) * static_cast<int64_t>(sizeOf(m.dtype));
 }
 
-AttentionHead headOf(const Task& task, const Matrix& q, const Matrix& k, const Matrix& v, const AttentionShape& shape) {
-  const int64_t column = int64_t{task.head} * shape.headDim;
-  const int64_t kvColumn = int64_t{task.head / (shape.heads / shape.kvHeads)} * shape.headDim;
-  AttentionHead head;
-  head.q = at(q, task.firstRow, column);
-  head.k = at(k, task.firstRow, kvColumn);
-  head.v = at(v, task.firstRow, kvColumn);
-  head.qStride = q.stride;
-  head.kStride = k.stride;
-  head.vStride = v.stride;
-  head.firstQuery = task.firstQuery;
-  head.queryCount = task.queryCount;
-  head.firstKey = task.firstKey;
-  head.shape = shape;
-  return head;
+// The first column of a task's query heads.
+int64_t queryColumn(const Task& task, const AttentionShape& shape) {
+  return int64_t{task.kvHead} * (shape.heads / shape.kvHeads) * shape.headDim;
+}
+
+template <class Float>
+Float* lseOf(Float* lse, const Task& task, const AttentionShape& shape) {
+  return lse + task.firstRow * shape.heads + int64_t{task.kvHead} * (shape.heads / shape.kvHeads);
+}
+
+AttentionGroup groupOf(const Task& task, const Matrix& q, const Matrix& k, const Matrix& v, const AttentionShape& shape) {
+  const int64_t kvColumn = int64_t{task.kvHead} * shape.headDim;
+  AttentionGroup group;
+  group.q = at(q, task.firstRow, queryColumn(task, shape));
+  group.k = at(k, task.firstRow, kvColumn);
+  group.v = at(v, task.firstRow, kvColumn);
+  group.qStride = q.stride;
+  group.kStride = k.stride;
+  group.vStride = v.stride;
+  group.firstQuery = task.firstQuery;
+  group.queryCount = task.queryCount;
+  group.firstKey = task.firstKey;
+  group.shape = shape;
+  return group;
 }
 
 void zeroPadding(const Matrix& m, int64_t firstRow) {
@@ -101,12 +123,6 @@ void requireShape(const AttentionShape& shape, const Matrix& q, const Matrix& k)
   require(q.dtype == DType::f32 || q.dtype == DType::bf16, "attention takes float32 and bfloat16");
 }
 
-int64_t chunksOf(const std::vector<int32_t>& starts, int64_t chunk) {
-  int64_t chunks = 0;
-  for (size_t s = 0; s + 1 < starts.size(); ++s) chunks += (starts[s + 1] - starts[s] + chunk - 1) / chunk;
-  return chunks;
-}
-
 constexpr size_t aligned(size_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
@@ -118,20 +134,22 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
   requireShape(shape, q, k);
   const TypedKernels& typed = q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32;
   const std::vector<int32_t>& starts = sequences.hostStarts;
-  const int64_t taskCount = chunksOf(starts, forwardChunk) * shape.heads;
 
   // Scratch: the tasks, then each thread's working memory, which the task with the most keys sizes.
-  const size_t taskBytes = aligned(static_cast<size_t>(taskCount) * sizeof(Task));
-  int64_t floats = 0;
   const auto overTasks = [&](auto&& body) {
     for (int32_t s = 0; s < sequences.count(); ++s) {
-      const int64_t length = starts[s + 1] - starts[s];
-      for (int64_t first = 0; first < length; first += forwardChunk) {
-        for (int32_t h = 0; h < shape.heads; ++h) body(makeTask(shape, starts[s], length, first, forwardChunk, h));
+      const int64_t length = starts[s + 1] - starts[s], chunk = chunkOf(shape, length);
+      for (int64_t first = 0; first < length; first += chunk) {
+        for (int32_t h = 0; h < shape.kvHeads; ++h) body(makeTask(shape, starts[s], length, first, chunk, h));
       }
     }
   };
-  overTasks([&](const Task& task) { floats = std::max(floats, typed.attentionScratch(headOf(task, q, k, v, shape))); });
+  int64_t taskCount = 0, floats = 0;
+  overTasks([&](const Task& task) {
+    ++taskCount;
+    floats = std::max(floats, typed.attentionScratch(groupOf(task, q, k, v, shape)));
+  });
+  const size_t taskBytes = aligned(static_cast<size_t>(taskCount) * sizeof(Task));
   const size_t threadBytes = aligned(static_cast<size_t>(floats) * sizeof(float));
   char* memory = static_cast<char*>(scratch(taskBytes + threadBytes * static_cast<size_t>(threads_)));
   Task* tasks = reinterpret_cast<Task*>(memory);
@@ -143,8 +161,8 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
   for (int64_t i = 0; i < taskCount; ++i) {
     const Task& task = tasks[i];
     float* own = reinterpret_cast<float*>(memory + taskBytes + threadBytes * static_cast<size_t>(omp_get_thread_num()));
-    typed.attentionHead(headOf(task, q, k, v, shape), at(out, task.firstRow, int64_t{task.head} * shape.headDim), out.stride,
-                        lse + task.firstRow * shape.heads + task.head, shape.heads, own);
+    typed.attentionGroup(groupOf(task, q, k, v, shape), at(out, task.firstRow, queryColumn(task, shape)), out.stride,
+                         lseOf(lse, task, shape), shape.heads, own);
   }
 
   const int64_t padding = starts.empty() ? 0 : starts.back();
@@ -171,16 +189,26 @@ struct GradPlan {
   // body(task) for the tasks of a key head in the order in which their parts are added.
   template <class Body>
   void overTasks(const KeyHead& keyHead, const Body& body) const {
-    const int32_t group = shape.heads / shape.kvHeads;
-    for (int32_t h = keyHead.kvHead * group; h < (keyHead.kvHead + 1) * group; ++h) {
-      for (int64_t first = 0; first < keyHead.length; first += backwardChunk) {
-        body(makeTask(shape, keyHead.firstRow, keyHead.length, first, backwardChunk, h));
-      }
+    const int64_t chunk = chunkOf(shape, keyHead.length);
+    for (int64_t first = 0; first < keyHead.length; first += chunk) {
+      body(makeTask(shape, keyHead.firstRow, keyHead.length, first, chunk, keyHead.kvHead));
     }
   }
-  AttentionHead head(const Task& task) const { return headOf(task, q, k, v, shape); }
+  AttentionGroup group(const Task& task) const { return groupOf(task, q, k, v, shape); }
+  bool alone(const Task& task) const { return task.queryCount == task.length; }
   // Floats of a task's dk, or dv.
-  int64_t partFloats(const Task& task) const { return attentionGradRows(head(task)) * attentionRowWidth(shape.headDim); }
+  int64_t partFloats(const Task& task) const { return attentionKeyRows(group(task)) * attentionRowWidth(shape.headDim); }
+
+  // dk and dv of a key head = its only task's.
+  void storeKeyGrads(const Task& task, const Kernels& kernels, const float* part, const Matrix& dk, const Matrix& dv) const {
+    const auto fromFloat = (dk.dtype == DType::bf16 ? kernels.bf16 : kernels.f32).fromFloat;
+    const int64_t width = attentionRowWidth(shape.headDim), column = int64_t{task.kvHead} * shape.headDim;
+    const float* valuePart = part + partFloats(task);
+    for (int64_t i = 0; i < task.length; ++i) {
+      fromFloat(part + i * width, at(dk, task.firstRow + i, column), shape.headDim);
+      fromFloat(valuePart + i * width, at(dv, task.firstRow + i, column), shape.headDim);
+    }
+  }
 
   struct Wave {
     int64_t end = 0;  // of its key heads
@@ -193,7 +221,7 @@ struct GradPlan {
       int64_t tasks = 0, parts = 0;
       overTasks(keyHead(wave.end), [&](const Task& task) {
         ++tasks;
-        parts += 2 * partFloats(task);
+        if (!alone(task)) parts += 2 * partFloats(task);
       });
       if (wave.tasks > 0 && static_cast<size_t>(wave.parts + parts) * sizeof(float) > gradPartBytes) break;
       wave.tasks += tasks;
@@ -247,8 +275,10 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
     largest.parts = std::max(largest.parts, wave.parts);
     mostKeyHeads = std::max(mostKeyHeads, wave.end - first);
     for (; first < wave.end; ++first) {
-      plan.overTasks(plan.keyHead(first),
-                     [&](const Task& task) { floats = std::max(floats, typed.attentionGradScratch(plan.head(task))); });
+      plan.overTasks(plan.keyHead(first), [&](const Task& task) {
+        const int64_t own = plan.alone(task) ? 2 * plan.partFloats(task) : 0;
+        floats = std::max(floats, own + typed.attentionGradScratch(plan.group(task)));
+      });
     }
   }
   const size_t keyHeadBytes = aligned(static_cast<size_t>(mostKeyHeads) * sizeof(KeyHead));
@@ -272,8 +302,8 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
       keyHeads[i] = plan.keyHead(first + i);
       keyHeads[i].firstTask = taskCount;
       plan.overTasks(keyHeads[i], [&](Task task) {
-        task.part = used;
-        used += 2 * plan.partFloats(task);
+        task.part = plan.alone(task) ? noPart : used;
+        if (task.part != noPart) used += 2 * plan.partFloats(task);
         tasks[taskCount++] = task;
       });
       keyHeads[i].tasks = taskCount - keyHeads[i].firstTask;
@@ -287,13 +317,17 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < taskCount; ++i) {
         const Task& task = sorted[i];
-        const int64_t column = int64_t{task.head} * shape.headDim;
-        float* part = parts + task.part;
-        typed.attentionHeadGrad(plan.head(task), at(out, task.firstRow, column), at(dout, task.firstRow, column), out.stride,
-                                dout.stride, lse + task.firstRow * shape.heads + task.head, shape.heads,
-                                at(dq, task.firstRow, column), dq.stride, part, part + plan.partFloats(task), own);
+        const int64_t column = queryColumn(task, shape);
+        const int64_t partFloats = plan.partFloats(task);
+        float* part = task.part == noPart ? own : parts + task.part;
+        float* scratch = task.part == noPart ? own + 2 * partFloats : own;
+        typed.attentionGroupGrad(plan.group(task), at(out, task.firstRow, column), at(dout, task.firstRow, column), out.stride,
+                                 dout.stride, lseOf(lse, task, shape), shape.heads, at(dq, task.firstRow, column), dq.stride,
+                                 part, part + partFloats, scratch);
+        if (task.part == noPart) plan.storeKeyGrads(task, kernels_, part, dk, dv);
       }
       for (int64_t i = 0; i < keyHeadCount; ++i) {
+        if (keyHeads[i].tasks == 1) continue;
 #pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < keyHeads[i].length; ++row) partSum.row(keyHeads[i], row, plan, dk, dv);
       }

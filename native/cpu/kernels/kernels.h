@@ -13,9 +13,10 @@ namespace lora_da::cpu {
 
 inline constexpr int32_t maxHeadDim = 1024;
 
-// One attention head over one sequence, for its queries [firstQuery, firstQuery + queryCount). Row 0 of every pointer is the
-// sequence's first token, column 0 the head's first element; strides are in elements.
-struct AttentionHead {
+// The query heads that read one key head, over one sequence, for the queries [firstQuery, firstQuery + queryCount). Row 0 of
+// every pointer is the sequence's first token, column 0 the first element of the first query head or of the key head; query
+// heads follow each other every headDim columns. Strides are in elements.
+struct AttentionGroup {
   const void* q = nullptr;
   const void* k = nullptr;
   const void* v = nullptr;
@@ -28,11 +29,11 @@ struct AttentionHead {
   AttentionShape shape;
 };
 
-inline constexpr int64_t attentionTile = 64;
+inline constexpr int64_t attentionTile = 48;
 
 // Rows and columns of the padded partial gradients. Static, not inline: see kernels/vector.h.
-[[maybe_unused]] static int64_t attentionGradRows(const AttentionHead& head) {
-  const int64_t keys = head.firstQuery + head.queryCount - head.firstKey;
+[[maybe_unused]] static int64_t attentionKeyRows(const AttentionGroup& group) {
+  const int64_t keys = group.firstQuery + group.queryCount - group.firstKey;
   return (keys + attentionTile - 1) / attentionTile * attentionTile;
 }
 [[maybe_unused]] static int64_t attentionRowWidth(int32_t headDim) {
@@ -108,16 +109,18 @@ struct TypedKernels {
   // logits [vocabulary] of one row -> its loss; with dlogits (compute type; null: none; may be where the logits are) = scale *
   // (softmax - onehot(target)).
   float (*crossEntropy)(const float* logits, int32_t target, float scale, void* dlogits, int64_t vocabulary);
-  // See attention_kernels.cpp. out and lse of the head's queries = ; `scratch` has attentionScratch() floats.
-  void (*attentionHead)(const AttentionHead& head, void* out, int64_t outStride, float* lse, int64_t lseStride, float* scratch);
-  // dq (compute type) of the head's queries = ; dk, dv (float32) = these queries' part of the gradients of the keys that they
-  // see: rows from firstKey on, attentionGradRows() of them, each attentionRowWidth() long. `scratch` has attentionGradScratch()
-  // floats.
-  void (*attentionHeadGrad)(const AttentionHead& head, const void* out, const void* dout, int64_t outStride, int64_t doutStride,
-                            const float* lse, int64_t lseStride, void* dq, int64_t dqStride, float* dk, float* dv,
-                            float* scratch);
-  int64_t (*attentionScratch)(const AttentionHead& head);      // floats
-  int64_t (*attentionGradScratch)(const AttentionHead& head);  // floats
+  // See attention_forward.cpp. out and lse (query heads are neighbours) of the group's queries = ; `scratch` has
+  // attentionScratch() floats.
+  void (*attentionGroup)(const AttentionGroup& group, void* out, int64_t outStride, float* lse, int64_t lseStride,
+                         float* scratch);
+  // See attention_backward.cpp. dq (compute type) of the group's queries = ; dk, dv (float32) = these queries' part of the
+  // gradients of the keys that they see: rows from firstKey on, attentionKeyRows() of them, each attentionRowWidth() long.
+  // `scratch` has attentionGradScratch() floats.
+  void (*attentionGroupGrad)(const AttentionGroup& group, const void* out, const void* dout, int64_t outStride,
+                             int64_t doutStride, const float* lse, int64_t lseStride, void* dq, int64_t dqStride, float* dk,
+                             float* dv, float* scratch);
+  int64_t (*attentionScratch)(const AttentionGroup& group);      // floats
+  int64_t (*attentionGradScratch)(const AttentionGroup& group);  // floats
   // Panels, see product_kernels.cpp; null where the instruction set has no kernels for them. Depths are rounded up to stepDepth,
   // columns to 16; a panel has steps * columns floats. packColumns: rows of the source become columns, `rows` has one pointer
   // for each column, rounded up to 16 (null: zeros). packRows: step i joins row i of `upper` and, in bfloat16, row i of `lower`
