@@ -15,12 +15,15 @@ import type { Dtype } from '../lib/native';
 import {
   BenchmarkError,
   describeMachine,
+  describeModel,
   dtypeList,
   findPeer,
   gigabytes,
   heading,
   median,
   modelFolder,
+  noModel,
+  nonNegativeInteger,
   type Peer,
   peerHint,
   positiveInteger,
@@ -79,7 +82,7 @@ function options() {
     samples: positiveInteger('samples', values.samples),
     rounds: positiveInteger('rounds', values.rounds),
     steps: positiveInteger('steps', values.steps),
-    threads: values.threads === '0' ? 0 : positiveInteger('threads', values.threads),
+    threads: nonNegativeInteger('threads', values.threads),
     peerPath,
     json: values.json,
   };
@@ -152,18 +155,16 @@ function whyNoPeer(peerPath: string | undefined): string {
 
 async function main(): Promise<void> {
   const given = options();
-  if (!given.model)
-    return console.log('skipped: no model; make one with ../shared/tools/smollm2.sh or name a folder with --model');
+  if (!given.model) return console.log(noModel);
   const peer = given.peerPath === undefined ? undefined : findPeer();
   const inputs = await Inputs.open(given.model);
   try {
     const { peer: versions, ...rest } = describeMachine(given.threads, peer);
     const machine = peer ? { ...rest, peer: versions! } : rest;
-    const { layers, hiddenSize, family } = inputs.spec;
     console.log(
       heading({
         ...machine,
-        model: `${given.model} (${family}, ${layers} layers, hidden ${hiddenSize})`,
+        model: describeModel(inputs),
         start: 'lora-da, rank 8, every linear module',
       }),
     );

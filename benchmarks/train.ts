@@ -12,12 +12,15 @@ import { parseArgs } from 'node:util';
 import type { Dtype } from '../lib/native';
 import {
   describeMachine,
+  describeModel,
   dtypeList,
   findPeer,
   gigabytes,
   heading,
   median,
   modelFolder,
+  noModel,
+  nonNegativeInteger,
   type Peer,
   peerHint,
   positiveInteger,
@@ -26,14 +29,8 @@ import {
   runPython,
   table,
 } from './harness';
-import { dataFile, Inputs, parseShape, type RowFile } from './inputs';
+import { Inputs, prepareWork, type Work } from './inputs';
 import type { TrainFigures } from './train_ours';
-
-interface Work {
-  source: string;
-  data: RowFile;
-  batchSize: number;
-}
 
 /** One side's rounds as one. */
 interface Side {
@@ -76,28 +73,12 @@ function options() {
     rounds: positiveInteger('rounds', values.rounds),
     warmup: positiveInteger('warmup', values.warmup),
     batchSize: positiveInteger('batch-size', values['batch-size']),
-    threads: values.threads === '0' ? 0 : positiveInteger('threads', values.threads),
+    threads: nonNegativeInteger('threads', values.threads),
     json: values.json,
   };
 }
 
 type Options = ReturnType<typeof options>;
-
-/** As many rows as the steps take, so that neither side meets the end of an epoch. */
-async function prepare(
-  inputs: Inputs,
-  source: string,
-  { steps, warmup, batchSize }: Options,
-): Promise<Work | undefined> {
-  const shape = parseShape(source);
-  if (shape) {
-    const data = inputs.randomRows(shape.rows * (warmup + steps), shape.length);
-    return { source, data, batchSize: shape.rows };
-  }
-  const path = dataFile(source);
-  if (!path) return undefined;
-  return { source, data: await inputs.dataRows(path, batchSize * (warmup + steps)), batchSize };
-}
 
 function together(rounds: TrainFigures[], tokensPerStep: number[], warmup: number): Side {
   const rates = rounds.flatMap(({ stepSeconds }) => stepSeconds.map((s, step) => tokensPerStep[warmup + step]! / s));
@@ -187,17 +168,15 @@ function describeWork({ source, data, batchSize }: Work, { steps, rounds, warmup
 
 async function main(): Promise<void> {
   const given = options();
-  if (!given.model)
-    return console.log('skipped: no model; make one with ../shared/tools/smollm2.sh or name a folder with --model');
+  if (!given.model) return console.log(noModel);
   const peer = findPeer();
   const inputs = await Inputs.open(given.model);
   try {
-    const { layers, hiddenSize, family } = inputs.spec;
     const machine = describeMachine(given.threads, peer);
     console.log(
       heading({
         ...machine,
-        model: `${given.model} (${family}, ${layers} layers, hidden ${hiddenSize})`,
+        model: describeModel(inputs),
         adapter: 'rank 8, alpha 16, rsLoRA, every linear module',
       }),
     );
@@ -205,7 +184,7 @@ async function main(): Promise<void> {
     const adapter = await inputs.adapter();
     const results: Result[] = [];
     for (const source of given.sources) {
-      const work = await prepare(inputs, source, given);
+      const work = await prepareWork(inputs, source, given);
       if (!work) {
         console.log(`\nRows ${source}: skipped, the data are not here`);
         continue;
