@@ -1,15 +1,16 @@
 /**
  * Trains a model beside PEFT in one run, both from one adapter on the same rows, each side in processes of its own and
- * the sides in turn, and prints tokens/s, peak memory, losses and their ratios.
+ * the sides in turn, and prints tokens/s, peak memory, losses and their ratios, and our share of the limit: of what the
+ * matrix products of a step alone come to (limit.cpp).
  *
  *     npm run bench:train -- [--model DIR] [--dtype bfloat16,float32] [--rows 4x256,gsm8k,FILE] [--steps 6] [--rounds 2]
- *                            [--warmup 1] [--batch-size 8] [--threads 0] [--json]
+ *                            [--warmup 1] [--batch-size 8] [--threads 0] [--no-limit] [--json]
  *
  * --rows  4x256: steps of 4 rows of 256 random tokens, all labelled; gsm8k or a data file: uneven rows with masked
  *         prompts, --batch-size of them a step (PEFT pads them to the longest). --json: the figures, as the last line.
  */
 import { parseArgs } from 'node:util';
-import type { Dtype } from '../lib/native';
+import { type Dtype, native } from '../lib/native';
 import {
   describeMachine,
   describeModel,
@@ -30,6 +31,7 @@ import {
   table,
 } from './harness';
 import { Inputs, prepareWork, type Work } from './inputs';
+import { hasLimit, type LimitFigures, limitHint, measureLimit, middleRound } from './limit';
 import type { TrainFigures } from './train_ours';
 
 /** One side's rounds as one. */
@@ -49,10 +51,13 @@ interface Result {
   peer: Side | null;
   ratios: { tokensPerSecond: number; peakBytes: number } | null;
   lossDifference: number | null;
+  /** The products of a step of the same mean size alone, and our tokens/s over theirs. */
+  limit: (LimitFigures & { share: number }) | null;
 }
 
 function options() {
   const { values } = parseArgs({
+    allowNegative: true,
     options: {
       model: { type: 'string' },
       dtype: { type: 'string', default: 'bfloat16,float32' },
@@ -62,6 +67,7 @@ function options() {
       warmup: { type: 'string', default: '1' },
       'batch-size': { type: 'string', default: '8' },
       threads: { type: 'string', default: '0' },
+      limit: { type: 'boolean', default: true },
       json: { type: 'boolean', default: false },
     },
   });
@@ -74,6 +80,7 @@ function options() {
     warmup: positiveInteger('warmup', values.warmup),
     batchSize: positiveInteger('batch-size', values['batch-size']),
     threads: nonNegativeInteger('threads', values.threads),
+    limit: values.limit && hasLimit(),
     json: values.json,
   };
 }
@@ -115,15 +122,26 @@ function measure(
     warmup,
     threads,
   };
+  const stepCount = data.rows / batchSize;
+  const products = {
+    spec: inputs.spec,
+    dtype,
+    tokens: data.tokens / stepCount,
+    labels: data.labelTokens / stepCount,
+    threads: threads > 0 ? threads : native().info().threads,
+  };
+  const limits: LimitFigures[] = [];
   const ours: TrainFigures[] = [];
   const theirs: TrainFigures[] = [];
   for (let round = 1; round <= given.rounds; round++) {
     console.error(`${work.source} ${dtype}: round ${round} of ${given.rounds}`);
     ours.push(runNode<TrainFigures>('train_ours.ts', child));
+    if (given.limit) limits.push(measureLimit(products));
     if (peer) theirs.push(runPython<TrainFigures>(peer, 'peft_train.py', child));
   }
   const tokensPerStep = data.tokensOfSteps(batchSize);
   const us = together(ours, tokensPerStep, warmup);
+  const limit = limits.length > 0 ? middleRound(limits) : null;
   const them = peer ? together(theirs, tokensPerStep, warmup) : null;
   return {
     rows: work.source,
@@ -135,11 +153,12 @@ function measure(
       peakBytes: us.peakBytes / them.peakBytes,
     },
     lossDifference: them && largestDifference(us.losses, them.losses),
+    limit: limit && { ...limit, share: us.tokensPerSecond / limit.tokensPerSecond },
   };
 }
 
 function show(result: Result): string {
-  const { ours, peer, ratios, lossDifference, dtype } = result;
+  const { ours, peer, ratios, lossDifference, dtype, limit } = result;
   const rate = ({ tokensPerSecond, range }: Side) =>
     `${tokensPerSecond.toFixed(0)} (${range.map((value) => value.toFixed(0)).join('–')})`;
   const cells: string[][] = [[dtype, 'lora-da', 'PEFT', 'ratio']];
@@ -155,7 +174,13 @@ function show(result: Result): string {
   });
   const difference =
     lossDifference === null ? [] : [`  largest relative difference of a loss: ${lossDifference.toExponential(1)}`];
-  return [table(cells), ...difference].join('\n');
+  const share = limit
+    ? [
+        `  limit: the products alone ${limit.tokensPerSecond.toFixed(0)} tokens/s (${limit.gigaflops.toFixed(0)} GFLOP/s); ` +
+          `lora-da has ${(100 * limit.share).toFixed(0)} % of it`,
+      ]
+    : [];
+  return [table(cells), ...difference, ...share].join('\n');
 }
 
 function describeWork({ source, data, batchSize }: Work, { steps, rounds, warmup }: Options): string {
@@ -181,6 +206,7 @@ async function main(): Promise<void> {
       }),
     );
     if (!peer) console.log(`peer skipped: ${peerHint}`);
+    if (!hasLimit()) console.log(limitHint);
     const adapter = await inputs.adapter();
     const results: Result[] = [];
     for (const source of given.sources) {
