@@ -10,7 +10,7 @@
  *         prompts, --batch-size of them a step (PEFT pads them to the longest). --json: the figures, as the last line.
  */
 import { parseArgs } from 'node:util';
-import { type Dtype, native } from '../lib/native';
+import { measureTraining, type Side, type TrainingResult } from './beside_peft';
 import {
   describeMachine,
   describeModel,
@@ -18,42 +18,16 @@ import {
   findPeer,
   gigabytes,
   heading,
-  median,
   modelFolder,
   noModel,
   nonNegativeInteger,
-  type Peer,
   peerHint,
   positiveInteger,
   runMain,
-  runNode,
-  runPython,
   table,
 } from './harness';
 import { Inputs, prepareWork, type Work } from './inputs';
-import { hasLimit, type LimitFigures, limitHint, measureLimit, middleRound } from './limit';
-import type { TrainFigures } from './train_ours';
-
-/** One side's rounds as one. */
-interface Side {
-  tokensPerSecond: number;
-  /** Slowest and fastest round. */
-  range: [number, number];
-  /** The largest of the rounds. */
-  peakBytes: number;
-  losses: number[];
-}
-
-interface Result {
-  rows: string;
-  dtype: Dtype;
-  ours: Side;
-  peer: Side | null;
-  ratios: { tokensPerSecond: number; peakBytes: number } | null;
-  lossDifference: number | null;
-  /** The products of a step of the same mean size alone, and our tokens/s over theirs. */
-  limit: (LimitFigures & { share: number }) | null;
-}
+import { hasLimit, limitHint } from './limit';
 
 function options() {
   const { values } = parseArgs({
@@ -87,77 +61,7 @@ function options() {
 
 type Options = ReturnType<typeof options>;
 
-function together(rounds: TrainFigures[], tokensPerStep: number[], warmup: number): Side {
-  const rates = rounds.flatMap(({ stepSeconds }) => stepSeconds.map((s, step) => tokensPerStep[warmup + step]! / s));
-  const medians = rounds.map(({ tokensPerSecond }) => tokensPerSecond);
-  return {
-    tokensPerSecond: median(rates),
-    range: [Math.min(...medians), Math.max(...medians)],
-    peakBytes: Math.max(...rounds.map((round) => round.peakBytes)),
-    losses: rounds[0]!.losses,
-  };
-}
-
-function largestDifference(ours: number[], peer: number[]): number {
-  return Math.max(...ours.map((loss, step) => Math.abs(loss - peer[step]!) / Math.abs(peer[step]!)));
-}
-
-function measure(
-  inputs: Inputs,
-  work: Work,
-  dtype: Dtype,
-  adapter: string,
-  peer: Peer | undefined,
-  given: Options,
-): Result {
-  const { steps, warmup, threads } = given;
-  const { data, batchSize } = work;
-  const child = {
-    model: inputs.model,
-    rows: data.file,
-    adapter,
-    dtype,
-    'batch-size': batchSize,
-    steps,
-    warmup,
-    threads,
-  };
-  const stepCount = data.rows / batchSize;
-  const products = {
-    spec: inputs.spec,
-    dtype,
-    tokens: data.tokens / stepCount,
-    labels: data.labelTokens / stepCount,
-    threads: threads > 0 ? threads : native().info().threads,
-  };
-  const limits: LimitFigures[] = [];
-  const ours: TrainFigures[] = [];
-  const theirs: TrainFigures[] = [];
-  for (let round = 1; round <= given.rounds; round++) {
-    console.error(`${work.source} ${dtype}: round ${round} of ${given.rounds}`);
-    ours.push(runNode<TrainFigures>('train_ours.ts', child));
-    if (given.limit) limits.push(measureLimit(products));
-    if (peer) theirs.push(runPython<TrainFigures>(peer, 'peft_train.py', child));
-  }
-  const tokensPerStep = data.tokensOfSteps(batchSize);
-  const us = together(ours, tokensPerStep, warmup);
-  const limit = limits.length > 0 ? middleRound(limits) : null;
-  const them = peer ? together(theirs, tokensPerStep, warmup) : null;
-  return {
-    rows: work.source,
-    dtype,
-    ours: us,
-    peer: them,
-    ratios: them && {
-      tokensPerSecond: us.tokensPerSecond / them.tokensPerSecond,
-      peakBytes: us.peakBytes / them.peakBytes,
-    },
-    lossDifference: them && largestDifference(us.losses, them.losses),
-    limit: limit && { ...limit, share: us.tokensPerSecond / limit.tokensPerSecond },
-  };
-}
-
-function show(result: Result): string {
+function show(result: TrainingResult): string {
   const { ours, peer, ratios, lossDifference, dtype, limit } = result;
   const rate = ({ tokensPerSecond, range }: Side) =>
     `${tokensPerSecond.toFixed(0)} (${range.map((value) => value.toFixed(0)).join('–')})`;
@@ -208,7 +112,7 @@ async function main(): Promise<void> {
     if (!peer) console.log(`peer skipped: ${peerHint}`);
     if (!hasLimit()) console.log(limitHint);
     const adapter = await inputs.adapter();
-    const results: Result[] = [];
+    const results: TrainingResult[] = [];
     for (const source of given.sources) {
       const work = await prepareWork(inputs, source, given);
       if (!work) {
@@ -217,7 +121,7 @@ async function main(): Promise<void> {
       }
       console.log(`\n${describeWork(work, given)}`);
       for (const dtype of given.dtypes) {
-        const result = measure(inputs, work, dtype, adapter, peer, given);
+        const result = measureTraining(inputs, work, dtype, adapter, peer, given);
         results.push(result);
         console.log(show(result));
       }
