@@ -3,7 +3,7 @@ import { spawnSync } from 'node:child_process';
 import { existsSync, readFileSync } from 'node:fs';
 import { availableParallelism, cpus, homedir, release, totalmem } from 'node:os';
 import { join } from 'node:path';
-import { type Dtype, native } from '../lib/native';
+import { type DecoderSpec, type Dtype, native } from '../lib/native';
 
 export const root = join(__dirname, '..');
 
@@ -32,6 +32,10 @@ export function positiveInteger(name: string, value: string): number {
   throw new BenchmarkError(`Expected positive integer for --${name} but received ${JSON.stringify(value)}`, 2);
 }
 
+export function nonNegativeInteger(name: string, value: string): number {
+  return value === '0' ? 0 : positiveInteger(name, value);
+}
+
 export function dtypeList(value: string): Dtype[] {
   return value.split(',').map((dtype) => {
     if (dtype === 'float32' || dtype === 'bfloat16') return dtype;
@@ -46,6 +50,8 @@ export function modelFolder(named: string | undefined): string | undefined {
   if (named === undefined) return undefined;
   throw new BenchmarkError(`--model ${named} has no config.json`, 2);
 }
+
+export const noModel = 'skipped: no model; make one with ../shared/tools/smollm2.sh or name a folder with --model';
 
 export interface Peer {
   python: string;
@@ -113,6 +119,10 @@ export function describeMachine(threads: number, peer: Peer | undefined): Record
     'lora-da': `${version}, ${info.isa}, ${list(info.libraries)}, Node.js ${process.versions.node}`,
     peer: peer ? list(peer.versions) : `skipped: ${peerHint}`,
   };
+}
+
+export function describeModel({ model, spec }: { model: string; spec: DecoderSpec }): string {
+  return `${model} (${spec.family}, ${spec.layers} layers, hidden ${spec.hiddenSize})`;
 }
 
 export function median(values: readonly number[]): number {

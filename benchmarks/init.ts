@@ -1,9 +1,10 @@
 /**
  * Times the LoRA-DA start by its parts, in bfloat16 and float32, and gives it as a share of the time that plain training
- * takes over the same tokens in the same process; beside the authors' published code where a checkout of it is named.
+ * takes over the same tokens in the same process; the collection also as a share of its limit, the matrix products alone (limit.cpp); beside the authors'
+ * published code where a checkout of it is named.
  *
  *     npm run bench:init -- [--model DIR] [--dtype bfloat16,float32] [--rows 32x160,gsm8k,FILE] [--samples 256]
- *                           [--rounds 1] [--steps 4] [--threads 0] [--peer-path CHECKOUT] [--json]
+ *                           [--rounds 1] [--steps 4] [--threads 0] [--peer-path CHECKOUT] [--no-limit] [--json]
  *
  * --rows   32x160: 32 samples of 160 random tokens, all labelled; gsm8k or a data file: its first --samples rows.
  * --steps  training steps of 8 rows, after one of warm-up, that the share is taken from.
@@ -11,16 +12,20 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import type { Dtype } from '../lib/native';
+import { type Dtype, native } from '../lib/native';
+import { packedTokens } from '../lib/packing';
 import {
   BenchmarkError,
   describeMachine,
+  describeModel,
   dtypeList,
   findPeer,
   gigabytes,
   heading,
   median,
   modelFolder,
+  noModel,
+  nonNegativeInteger,
   type Peer,
   peerHint,
   positiveInteger,
@@ -31,6 +36,7 @@ import {
 } from './harness';
 import type { InitFigures } from './init_ours';
 import { dataFile, Inputs, parseShape, type RowFile } from './inputs';
+import { hasLimit, type LimitFigures, limitHint, measureLimit, middleRound } from './limit';
 
 /** What lora_da_authors.py prints. */
 interface AuthorsFigures {
@@ -47,12 +53,15 @@ interface Result {
   ours: InitFigures[];
   /** Of each round; empty where the peer was skipped. */
   authors: AuthorsFigures[];
+  /** The collection's products on batches of the same mean size, of each round; empty where it was skipped. */
+  limits: LimitFigures[];
 }
 
 const batchSize = 8;
 
 function options() {
   const { values } = parseArgs({
+    allowNegative: true,
     options: {
       model: { type: 'string' },
       dtype: { type: 'string', default: 'bfloat16,float32' },
@@ -61,6 +70,7 @@ function options() {
       rounds: { type: 'string', default: '1' },
       steps: { type: 'string', default: '4' },
       threads: { type: 'string', default: '0' },
+      limit: { type: 'boolean', default: true },
       'peer-path': { type: 'string' },
       json: { type: 'boolean', default: false },
     },
@@ -79,8 +89,9 @@ function options() {
     samples: positiveInteger('samples', values.samples),
     rounds: positiveInteger('rounds', values.rounds),
     steps: positiveInteger('steps', values.steps),
-    threads: values.threads === '0' ? 0 : positiveInteger('threads', values.threads),
+    threads: nonNegativeInteger('threads', values.threads),
     peerPath,
+    limit: values.limit && hasLimit(),
     json: values.json,
   };
 }
@@ -95,7 +106,7 @@ async function prepare(inputs: Inputs, source: string, samples: number): Promise
 }
 
 function measure(
-  model: string,
+  inputs: Inputs,
   rows: RowFile,
   source: string,
   dtype: Dtype,
@@ -103,11 +114,22 @@ function measure(
   given: Options,
 ): Result {
   const { steps, threads, peerPath, rounds } = given;
-  const result: Result = { rows: source, dtype, tokens: rows.tokens, ours: [], authors: [] };
-  const child = { model, rows: rows.file, dtype, threads };
+  const result: Result = { rows: source, dtype, tokens: rows.tokens, ours: [], authors: [], limits: [] };
+  // The collection packs whole rows into batches of at most packedTokens.
+  const batches = Math.ceil(rows.tokens / packedTokens);
+  const products = {
+    spec: inputs.spec,
+    dtype,
+    tokens: rows.tokens / batches,
+    labels: rows.labelTokens / batches,
+    threads: threads > 0 ? threads : native().info().threads,
+    collect: true,
+  };
+  const child = { model: inputs.model, rows: rows.file, dtype, threads };
   for (let round = 1; round <= rounds; round++) {
     console.error(`${source} ${dtype}: round ${round} of ${rounds}`);
     result.ours.push(runNode<InitFigures>('init_ours.ts', { ...child, steps, 'batch-size': batchSize }));
+    if (given.limit) result.limits.push(measureLimit(products));
     if (!peer) continue;
     result.authors.push(runPython<AuthorsFigures>(peer, 'lora_da_authors.py', { ...child, 'peer-path': peerPath }));
   }
@@ -117,7 +139,7 @@ function measure(
 const seconds = (value: number) => `${value.toFixed(2)} s`;
 const times = (value: number) => `${value.toFixed(2)}×`;
 
-function show({ dtype, tokens, ours, authors }: Result): string {
+function show({ dtype, tokens, ours, authors, limits }: Result): string {
   const us = (figure: (round: InitFigures) => number) => median(ours.map(figure));
   const them = (figure: (round: AuthorsFigures) => number) => median(authors.map(figure));
   const whole = us((round) => round.seconds);
@@ -132,6 +154,14 @@ function show({ dtype, tokens, ours, authors }: Result): string {
     ['plain training, tokens/s', us((round) => round.trainTokensPerSecond).toFixed(0)],
     ['start / training over the same tokens', times(share)],
   ];
+  if (limits.length > 0) {
+    const products = tokens / middleRound(limits).tokensPerSecond;
+    cells.splice(2, 0, ["the collection's products alone", seconds(products)]);
+    cells.splice(3, 0, [
+      'share of that limit',
+      `${((100 * products) / us((round) => round.collectSeconds)).toFixed(0)} %`,
+    ]);
+  }
   if (authors.length === 0) return table(cells);
   const theirs = them((round) => round.gradientSeconds + round.fisherSeconds);
   const theirPeak = Math.max(...authors.map((round) => round.peakBytes));
@@ -152,22 +182,21 @@ function whyNoPeer(peerPath: string | undefined): string {
 
 async function main(): Promise<void> {
   const given = options();
-  if (!given.model)
-    return console.log('skipped: no model; make one with ../shared/tools/smollm2.sh or name a folder with --model');
+  if (!given.model) return console.log(noModel);
   const peer = given.peerPath === undefined ? undefined : findPeer();
   const inputs = await Inputs.open(given.model);
   try {
     const { peer: versions, ...rest } = describeMachine(given.threads, peer);
     const machine = peer ? { ...rest, peer: versions! } : rest;
-    const { layers, hiddenSize, family } = inputs.spec;
     console.log(
       heading({
         ...machine,
-        model: `${given.model} (${family}, ${layers} layers, hidden ${hiddenSize})`,
+        model: describeModel(inputs),
         start: 'lora-da, rank 8, every linear module',
       }),
     );
     if (!peer) console.log(whyNoPeer(given.peerPath));
+    if (!hasLimit()) console.log(limitHint);
     const results: Result[] = [];
     for (const source of given.sources) {
       const rows = await prepare(inputs, source, given.samples);
@@ -179,7 +208,7 @@ async function main(): Promise<void> {
         `\nRows ${source}: ${rows.rows} samples, ${rows.tokens} tokens, longest ${rows.longest}; rounds: ${given.rounds}`,
       );
       for (const dtype of given.dtypes) {
-        const result = measure(given.model, rows, source, dtype, peer, given);
+        const result = measure(inputs, rows, source, dtype, peer, given);
         results.push(result);
         console.log(show(result));
       }

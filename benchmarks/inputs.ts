@@ -44,6 +44,30 @@ export function dataFile(source: string): string | undefined {
   );
 }
 
+/** Rows for some training steps. */
+export interface Work {
+  /** As --rows named it. */
+  source: string;
+  data: RowFile;
+  batchSize: number;
+}
+
+/** As many rows as the steps take, so that no side meets the end of an epoch; undefined where the data are missing. */
+export async function prepareWork(
+  inputs: Inputs,
+  source: string,
+  { steps, warmup, batchSize }: { steps: number; warmup: number; batchSize: number },
+): Promise<Work | undefined> {
+  const shape = parseShape(source);
+  if (shape) {
+    const data = inputs.randomRows(shape.rows * (warmup + steps), shape.length);
+    return { source, data, batchSize: shape.rows };
+  }
+  const path = dataFile(source);
+  if (!path) return undefined;
+  return { source, data: await inputs.dataRows(path, batchSize * (warmup + steps)), batchSize };
+}
+
 /** A folder of temporary files for one model; removed by {@link Inputs.remove}. */
 export class Inputs {
   readonly #folder = mkdtempSync(join(tmpdir(), 'lora-da-benchmark-'));

@@ -6,6 +6,7 @@
 #include "core/cpu_info.h"
 #include "core/error.h"
 #include "core/memory_info.h"
+#include "core/profiled_device.h"
 
 namespace lora_da::bindings {
 
@@ -36,7 +37,8 @@ Napi::Function NativeModel::define(Napi::Env env) {
        InstanceMethod<&NativeModel::evaluate>("evaluate"), InstanceMethod<&NativeModel::logits>("logits"),
        InstanceMethod<&NativeModel::initialize>("initialize"), InstanceMethod<&NativeModel::collect>("collect"),
        InstanceMethod<&NativeModel::generate>("generate"), InstanceMethod<&NativeModel::mergedWeight>("mergedWeight"),
-       InstanceMethod<&NativeModel::planMemory>("planMemory"), InstanceMethod<&NativeModel::cancel>("cancel"),
+       InstanceMethod<&NativeModel::planMemory>("planMemory"), InstanceMethod<&NativeModel::profile>("profile"),
+       InstanceMethod<&NativeModel::resetProfile>("resetProfile"), InstanceMethod<&NativeModel::cancel>("cancel"),
        InstanceMethod<&NativeModel::dispose>("dispose")});
 }
 
@@ -65,6 +67,7 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
   device.threads = static_cast<int>(integer(options, "threads"));
   device.computeType = dtype == "bfloat16" || (dtype == "auto" && hasBfloat16Products()) ? DType::bf16 : DType::f32;
   device.packBudget = packBudget(number(options, "packBudget"));
+  device.profile = options.Get("profile").ToBoolean();
 
   const Napi::Object object = env.GetInstanceData<AddonData>()->modelClass.New({});
   NativeModel* self = Unwrap(object);
@@ -278,6 +281,41 @@ Napi::Value NativeModel::planMemory(const Napi::CallbackInfo& info) {
       object.Set("workspace", static_cast<double>(plan.workspace));
       return object;
     };
+  });
+}
+
+namespace {
+
+ProfiledDevice& profiledDeviceOf(Decoder& model) {
+  auto* device = dynamic_cast<ProfiledDevice*>(&model.device());
+  if (!device) throw Error(code::invalidArgument, "the model was not loaded with the option profile");
+  return *device;
+}
+
+}  // namespace
+
+Napi::Value NativeModel::profile(const Napi::CallbackInfo& info) {
+  return queue(info, [](Decoder& model) {
+    return [operations = profiledDeviceOf(model).profile()](Napi::Env env) -> Napi::Value {
+      auto array = Napi::Array::New(env, operations.size());
+      for (uint32_t i = 0; i < operations.size(); ++i) {
+        auto object = Napi::Object::New(env);
+        object.Set("operation", operations[i].operation);
+        object.Set("calls", toNumber(env, operations[i].calls));
+        object.Set("seconds", operations[i].seconds);
+        object.Set("flops", operations[i].flops);
+        object.Set("bytes", operations[i].bytes);
+        array.Set(i, object);
+      }
+      return array;
+    };
+  });
+}
+
+Napi::Value NativeModel::resetProfile(const Napi::CallbackInfo& info) {
+  return queue(info, [](Decoder& model) {
+    profiledDeviceOf(model).reset();
+    return undefined();
   });
 }
 

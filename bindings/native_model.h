@@ -40,6 +40,8 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   Napi::Value generate(const Napi::CallbackInfo& info);
   Napi::Value mergedWeight(const Napi::CallbackInfo& info);
   Napi::Value planMemory(const Napi::CallbackInfo& info);
+  Napi::Value profile(const Napi::CallbackInfo& info);
+  Napi::Value resetProfile(const Napi::CallbackInfo& info);
   Napi::Value cancel(const Napi::CallbackInfo& info);
   Napi::Value dispose(const Napi::CallbackInfo& info);
 

@@ -97,6 +97,8 @@ export interface NativeModelOptions {
   threads: number;
   /** Bytes that packed copies of the weights may take beyond the mapped file; negative: decide by free memory. */
   packBudget: number;
+  /** Count and time every operation, for {@link NativeModel.profile} (default false). Costs a little time itself. */
+  profile?: boolean;
 }
 
 export interface NativeModelInfo {
@@ -205,6 +207,18 @@ export interface NativeGenerateOptions {
   stopIds: Int32Array;
 }
 
+/** What the calls of one operation took since the model was loaded or the profile reset. */
+export interface NativeOperationProfile {
+  /** Name and, for products, the shape of the weight (in x out) or of the result. */
+  operation: string;
+  calls: number;
+  seconds: number;
+  /** Of products, attention and dense algebra; 0 elsewhere. */
+  flops: number;
+  /** Read and written, caches not considered. */
+  bytes: number;
+}
+
 export interface NativeMemoryPlan {
   weights: number;
   activations: number;
@@ -251,6 +265,9 @@ export interface NativeModel {
     maxLength: number,
     recompute: 'none' | 'layer',
   ): Promise<NativeMemoryPlan>;
+  /** By operation, where the model was loaded with `profile`. */
+  profile(): Promise<NativeOperationProfile[]>;
+  resetProfile(): Promise<void>;
   /** Stops the work in progress and what is queued: their promises reject with ABORTED. Later calls work again. */
   cancel(): void;
   /** Frees everything; later calls reject with DISPOSED. */

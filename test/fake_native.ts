@@ -243,6 +243,14 @@ export class FakeModel implements NativeModel {
     return this.#enqueue('mergedWeight', () => new Float32Array(size.in * size.out));
   }
 
+  profile() {
+    return this.#enqueue('profile', () => []);
+  }
+
+  resetProfile() {
+    return this.#enqueue('resetProfile', () => {});
+  }
+
   async planMemory(tokens: number, labelTokens: number) {
     return { weights: 4000, activations: tokens * 100, adapters: 1000, workspace: labelTokens * 10 };
   }

@@ -236,6 +236,7 @@ struct DeviceOptions {
   DType computeType = DType::f32;
   int threads = 0;        // 0: physical cores
   size_t packBudget = 0;  // bytes that packed copies of weights may take
+  bool profile = false;   // count and time every operation (core/profiled_device.h)
 };
 
 // Makes the device asked for; throws Error(deviceUnavailable) saying why it cannot be had.
