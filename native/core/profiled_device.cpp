@@ -107,17 +107,19 @@ std::unique_ptr<Weight> ProfiledDevice::prepare(const std::vector<HostTensor>& p
 }
 
 void ProfiledDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
-                            const Matrix& y) {
-  Work work{product(x.rows, weight.out, weight.in), bytesOf(x) + weightBytes(weight, x.dtype) + bytesOf(y)};
+                            const Matrix* residual, const Matrix& y) {
+  Work work{product(x.rows, weight.out, weight.in), bytesOf(x) + weightBytes(weight, x.dtype) + bytesOf(residual) + bytesOf(y)};
   if (down && up) work.flops += product(down->rows, up->cols, up->rows);
   const char* name = down ? "linear+lora " : "linear ";
-  timed(name + shape(weight.in, weight.out), work, [&] { device_->linear(x, weight, bias, down, up, y); });
+  timed(name + shape(weight.in, weight.out), work, [&] { device_->linear(x, weight, bias, down, up, residual, y); });
 }
 
-void ProfiledDevice::linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) {
-  const Work work{product(dy.rows, weight.out, weight.in),
-                  bytesOf(dy) + weightBytes(weight, dy.dtype) + bytesOf(dx) * (accumulate ? 2 : 1)};
-  timed("linearInputGrad " + shape(weight.in, weight.out), work, [&] { device_->linearInputGrad(dy, weight, accumulate, dx); });
+void ProfiledDevice::linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
+                                     const Matrix& dx) {
+  Work work{product(dy.rows, weight.out, weight.in), bytesOf(dy) + weightBytes(weight, dy.dtype) + bytesOf(dx)};
+  if (downGrad && a) work.flops += product(downGrad->rows, a->cols, a->rows);
+  const char* name = downGrad ? "linearInputGrad+lora " : "linearInputGrad ";
+  timed(name + shape(weight.in, weight.out), work, [&] { device_->linearInputGrad(dy, weight, downGrad, a, dx); });
 }
 
 void ProfiledDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
@@ -141,18 +143,18 @@ void ProfiledDevice::embed(const int32_t* ids, const Weight& table, float scale,
   timed("embed", {0, rows + bytesOf(x)}, [&] { device_->embed(ids, table, scale, x); });
 }
 
-void ProfiledDevice::rmsNorm(const Matrix& x, const Matrix* residual, const float* weight, float epsilon, const Matrix& sum,
-                             const Matrix& y, float* rstd) {
-  const double bytes = bytesOf(x) + bytesOf(residual) + (residual ? bytesOf(sum) : 0) + bytesOf(y);
-  timed("rmsNorm", {0, bytes}, [&] { device_->rmsNorm(x, residual, weight, epsilon, sum, y, rstd); });
+void ProfiledDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) {
+  timed("rmsNorm", {0, bytesOf(x) + bytesOf(y)}, [&] { device_->rmsNorm(x, weight, epsilon, y, rstd); });
 }
 
 void ProfiledDevice::rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) {
   timed("rmsNormApply", {0, bytesOf(x) + bytesOf(y)}, [&] { device_->rmsNormApply(x, rstd, weight, y); });
 }
 
-void ProfiledDevice::rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx) {
-  timed("rmsNormGrad", {0, bytesOf(x) + bytesOf(dy) + 2 * bytesOf(dx)}, [&] { device_->rmsNormGrad(x, rstd, weight, dy, dx); });
+void ProfiledDevice::rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
+                                 const Matrix* rounded) {
+  timed("rmsNormGrad", {0, bytesOf(x) + bytesOf(dy) + 2 * bytesOf(dx) + bytesOf(rounded)},
+        [&] { device_->rmsNormGrad(x, rstd, weight, dy, dx, rounded); });
 }
 
 void ProfiledDevice::rope(const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
@@ -170,8 +172,9 @@ void ProfiledDevice::gatedMlp(const Matrix& gateUp, Activation activation, const
   timed("gatedMlp", {0, bytesOf(gateUp) + bytesOf(h)}, [&] { device_->gatedMlp(gateUp, activation, h); });
 }
 
-void ProfiledDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) {
-  timed("gatedMlpGrad", {0, 2 * bytesOf(gateUp) + bytesOf(dh)}, [&] { device_->gatedMlpGrad(gateUp, activation, dh); });
+void ProfiledDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) {
+  timed("gatedMlpGrad", {0, 2 * bytesOf(gateUp) + bytesOf(dh) + bytesOf(h)},
+        [&] { device_->gatedMlpGrad(gateUp, activation, dh, h); });
 }
 
 void ProfiledDevice::gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) {

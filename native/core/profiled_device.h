@@ -35,28 +35,31 @@ class ProfiledDevice : public Device {
   void download(void* host, const void* device, size_t bytes) override;
   void zero(void* device, size_t bytes) override;
   void synchronize() override { device_->synchronize(); }
-  size_t workspaceBytes(int64_t vocabulary) const override { return device_->workspaceBytes(vocabulary); }
+  size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override {
+    return device_->workspaceBytes(labelRows, vocabulary);
+  }
 
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
   void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
-              const Matrix& y) override;
-  void linearInputGrad(const Matrix& dy, const Weight& weight, bool accumulate, const Matrix& dx) override;
+              const Matrix* residual, const Matrix& y) override;
+  void linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
+                       const Matrix& dx) override;
   void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
               const Matrix& c) override;
   void secondMoment(const Matrix& x, const Matrix& z) override;
   void squareSum(const Matrix& x, double* sums) override;
 
   void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) override;
-  void rmsNorm(const Matrix& x, const Matrix* residual, const float* weight, float epsilon, const Matrix& sum, const Matrix& y,
-               float* rstd) override;
+  void rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) override;
   void rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) override;
-  void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx) override;
+  void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
+                   const Matrix* rounded) override;
   void rope(const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
             const int32_t* positions, const Matrix& out, float* rstd) override;
   void ropeGrad(const Matrix& d, const Matrix& in, int32_t heads, int32_t headDim, const HeadNorm& norm, const Rotary& rotary,
                 const int32_t* positions, const float* rstd) override;
   void gatedMlp(const Matrix& gateUp, Activation activation, const Matrix& h) override;
-  void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh) override;
+  void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) override;
   void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void convert(const Matrix& x, const Matrix& y) override;
