@@ -161,12 +161,13 @@ class Device {
   // --- elementwise --------------------------------------------------------------------------------------------
   // x [T, H] float32 = scale * table[ids[t]].
   virtual void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) = 0;
-  // y [T, H] = x * rstd * weight in the compute type; rstd [T] = 1/sqrt(mean(x^2) + epsilon). x float32 [T, H].
-  virtual void rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) = 0;
-  // y = x * rstd * weight again, from the saved rstd (backward needs y and does not store it).
+  // y [T, H] = x * rstd * weight in the compute type; rstd [T] = 1/sqrt(mean(x^2) + epsilon). x float32 [T, H]. `kept` [T, H] = x
+  // in the compute type, for backward; null: not wanted.
+  virtual void rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd, const Matrix* kept) = 0;
+  // y = x * rstd * weight again, from the saved rstd (backward needs y and does not store it). x, y in the compute type.
   virtual void rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) = 0;
-  // dx [T, H] float32 += gradient of rmsNorm's y w.r.t. its x, from dy [T, H] float32. The weight is frozen. `rounded` [T, H] =
-  // dx in the compute type, for the products that follow; null: not wanted.
+  // dx [T, H] float32 += gradient of rmsNorm's y w.r.t. its x (compute type), from dy [T, H] float32. The weight is frozen.
+  // `rounded` [T, H] = dx in the compute type, for the products that follow; null: not wanted.
   virtual void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
                            const Matrix* rounded) = 0;
   // out = rotate(norm(in)) per head; in, out [T, heads*headDim] compute type, `out` may be `in` where there is no norm.

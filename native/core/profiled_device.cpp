@@ -143,8 +143,9 @@ void ProfiledDevice::embed(const int32_t* ids, const Weight& table, float scale,
   timed("embed", {0, rows + bytesOf(x)}, [&] { device_->embed(ids, table, scale, x); });
 }
 
-void ProfiledDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) {
-  timed("rmsNorm", {0, bytesOf(x) + bytesOf(y)}, [&] { device_->rmsNorm(x, weight, epsilon, y, rstd); });
+void ProfiledDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd,
+                             const Matrix* kept) {
+  timed("rmsNorm", {0, bytesOf(x) + bytesOf(y) + bytesOf(kept)}, [&] { device_->rmsNorm(x, weight, epsilon, y, rstd, kept); });
 }
 
 void ProfiledDevice::rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) {

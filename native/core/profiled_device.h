@@ -50,7 +50,7 @@ class ProfiledDevice : public Device {
   void squareSum(const Matrix& x, double* sums) override;
 
   void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) override;
-  void rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) override;
+  void rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd, const Matrix* kept) override;
   void rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) override;
   void rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
                    const Matrix* rounded) override;

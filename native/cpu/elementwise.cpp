@@ -64,22 +64,23 @@ void CpuDevice::embed(const int32_t* ids, const Weight& table, float scale, cons
   });
 }
 
-void CpuDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd) {
+void CpuDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd, const Matrix* kept) {
   const auto rmsNorm = of(kernels_, y.dtype).rmsNorm;
-  overRows(x.rows, threads_, [&](int64_t i) { rstd[i] = rmsNorm(floatRow(x, i), weight, epsilon, rowOf(y, i), x.cols); });
+  overRows(x.rows, threads_, [&](int64_t i) {
+    rstd[i] = rmsNorm(floatRow(x, i), weight, epsilon, rowOf(y, i), kept ? rowOf(*kept, i) : nullptr, x.cols);
+  });
 }
 
 void CpuDevice::rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) {
   const auto rmsNormApply = of(kernels_, y.dtype).rmsNormApply;
-  overRows(x.rows, threads_, [&](int64_t i) { rmsNormApply(floatRow(x, i), rstd[i], weight, rowOf(y, i), x.cols); });
+  overRows(x.rows, threads_, [&](int64_t i) { rmsNormApply(rowOf(x, i), rstd[i], weight, rowOf(y, i), x.cols); });
 }
 
 void CpuDevice::rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
                             const Matrix* rounded) {
-  const auto rmsNormGrad = of(kernels_, rounded ? rounded->dtype : DType::f32).rmsNormGrad;
+  const auto rmsNormGrad = of(kernels_, x.dtype).rmsNormGrad;
   overRows(x.rows, threads_, [&](int64_t i) {
-    rmsNormGrad(floatRow(x, i), rstd[i], weight, floatRow(dy, i), floatRow(dx, i), rounded ? rowOf(*rounded, i) : nullptr,
-                x.cols);
+    rmsNormGrad(rowOf(x, i), rstd[i], weight, floatRow(dy, i), floatRow(dx, i), rounded ? rowOf(*rounded, i) : nullptr, x.cols);
   });
 }
 

@@ -23,8 +23,8 @@ struct GroupStatistics {
   std::vector<double> outputFactor;  // [out], mean over masked tokens
 };
 
-// Z is summed in float64: the damping may be far below float32's rounding of Z, and the small eigenvalues it is added to, or the zero ones
-// of a set with fewer tokens than channels, then survive.
+// Z is summed in float64: the damping may be far below float32's rounding of Z, and the small eigenvalues it is added to, or the
+// zero ones of a set with fewer tokens than channels, then survive.
 class Statistics : public ProjectionObserver {
  public:
   // Collects for the groups marked in `wanted` (an entry per projection) what `needs` names.

@@ -50,12 +50,13 @@ struct Factors {
 struct ModuleReport {
   static constexpr double notComputed = std::numeric_limits<double>::quiet_NaN();
   std::string module;
-  double conditionNumber = notComputed;          // of Zd = Z + damping I, estimated from below, usually within a few per cent
-  double medianOutputOverDamping = notComputed;  // median(ydiag) / outputDamping; below 1, the damping decides the weights of the outputs
-  double sigma = notComputed;                    // what delta was divided by: its largest singular value; 1 when not normalized
-  double gap = notComputed;                      // eigenvalue r+1 minus eigenvalue r of omega; infinite when rank = in
-  double relativeGap = notComputed;              // gap over the largest magnitude that an eigenvalue of omega can have
-  std::vector<double> eigenvalues;     // the rank + 1 smallest of omega, ascending (rank, when rank = in)
+  double conditionNumber = notComputed;  // of Zd = Z + damping I, estimated from below, usually within a few per cent
+  double medianOutputOverDamping =
+      notComputed;                   // median(ydiag) / outputDamping; below 1, the damping decides the weights of the outputs
+  double sigma = notComputed;        // what delta was divided by: its largest singular value; 1 when not normalized
+  double gap = notComputed;          // eigenvalue r+1 minus eigenvalue r of omega; infinite when rank = in
+  double relativeGap = notComputed;  // gap over the largest magnitude that an eigenvalue of omega can have
+  std::vector<double> eigenvalues;   // the rank + 1 smallest of omega, ascending (rank, when rank = in)
 };
 
 struct InitializerNeeds {

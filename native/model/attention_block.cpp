@@ -43,6 +43,9 @@ void attendWithCache(const LayerContext& c, const QkvViews& views, const LayerAc
 void attentionForward(const LayerContext& c) {
   const DecoderSpec& spec = c.spec;
   LayerActivations& kept = c.buffers.layer(c.layer);
+  c.device.rmsNorm(c.buffers.inputs[static_cast<size_t>(c.layer)], static_cast<const float*>(c.weights.attentionNorm.get()),
+                   spec.normEpsilon, c.buffers.normed, kept.attentionRstd,
+                   kept.attentionInput.data ? &kept.attentionInput : nullptr);
   const Matrix& projected = spec.headNorm ? kept.qkvRaw : kept.qkv;
   c.weights.attentionInputs.forward(c.device, c.group(0), c.buffers.normed, c.down(0), nullptr, projected);
 
@@ -66,7 +69,7 @@ void attentionBackward(const LayerContext& c) {
   const DecoderSpec& spec = c.spec;
   StepBuffers& buffers = c.buffers;
   LayerActivations& kept = buffers.layer(c.layer);
-  const Matrix& input = buffers.inputs[static_cast<size_t>(c.layer)];
+  const Matrix& input = buffers.attentionInput(c.layer);
   const auto* normWeight = static_cast<const float*>(c.weights.attentionNorm.get());
 
   if (c.observer) c.observer->observe(c.weights.attentionOutput.index, kept.context, buffers.branchGrad);

@@ -74,21 +74,13 @@ LayerContext Decoder::layerContext(const Pass& pass, int64_t layer) {
 
 void Decoder::forward(const Pass& pass) {
   StepBuffers& buffers = pass.buffers;
-  const float epsilon = spec_.normEpsilon;
-  const auto normOf = [](const Buffer& buffer) { return static_cast<const float*>(buffer.get()); };
-
   device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, buffers.inputs[0]);
   for (int64_t layer = 0; layer < spec_.layers; ++layer) {
     checkCancelled();
-    const LayerContext context = layerContext(pass, layer);
-    LayerActivations& kept = buffers.layer(layer);
-    device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], normOf(context.weights.attentionNorm), epsilon, buffers.normed,
-                     kept.attentionRstd);
-    attentionForward(context);
-    device_->rmsNorm(kept.middle, normOf(context.weights.mlpNorm), epsilon, buffers.normed, kept.mlpRstd);
-    mlpForward(context, true);
+    layerForward(layerContext(pass, layer), true);
   }
-  device_->rmsNorm(buffers.finalStream, finalNorm(), epsilon, buffers.normed, buffers.finalRstd);
+  device_->rmsNorm(buffers.finalStream, finalNorm(), spec_.normEpsilon, buffers.normed, buffers.finalRstd,
+                   buffers.finalInput.data ? &buffers.finalInput : nullptr);
 }
 
 void Decoder::headForward(const Pass& pass, bool gradient) {
@@ -108,30 +100,16 @@ void Decoder::headForward(const Pass& pass, bool gradient) {
   }
   if (batch.labelRows == 0) return;
   device_->scatterAddRows(buffers.labelGrad.rowRange(0, batch.labelRows), batch.deviceLabelIndex, buffers.normedGrad);
-  device_->rmsNormGrad(buffers.finalStream, buffers.finalRstd, finalNorm(), buffers.normedGrad, buffers.streamGrad,
-                       buffers.roundedGrad());
-}
-
-void Decoder::recomputeLayer(const Pass& pass, int64_t layer) {
-  StepBuffers& buffers = pass.buffers;
-  const LayerContext context = layerContext(pass, layer);
-  LayerActivations& kept = buffers.layer(layer);
-  device_->rmsNorm(buffers.inputs[static_cast<size_t>(layer)], static_cast<const float*>(context.weights.attentionNorm.get()),
-                   spec_.normEpsilon, buffers.normed, kept.attentionRstd);
-  attentionForward(context);
-  device_->rmsNorm(kept.middle, static_cast<const float*>(context.weights.mlpNorm.get()), spec_.normEpsilon, buffers.normed,
-                   kept.mlpRstd);
-  mlpForward(context, false);
+  device_->rmsNormGrad(buffers.finalInput.data ? buffers.finalInput : buffers.finalStream, buffers.finalRstd, finalNorm(),
+                       buffers.normedGrad, buffers.streamGrad, buffers.roundedGrad());
 }
 
 void Decoder::backward(const Pass& pass) {
   for (int64_t layer = spec_.layers - 1; layer >= 0; --layer) {
     checkCancelled();
     // The last layer's activations are still those of forward.
-    if (pass.keep == Keep::layerInputs && layer + 1 < spec_.layers) recomputeLayer(pass, layer);
-    const LayerContext context = layerContext(pass, layer);
-    mlpBackward(context);
-    attentionBackward(context);
+    if (pass.keep == Keep::layerInputs && layer + 1 < spec_.layers) layerForward(layerContext(pass, layer), false);
+    layerBackward(layerContext(pass, layer));
   }
 }
 

@@ -97,7 +97,6 @@ class Decoder {
   StepBuffers prepareStep(PackedBatch& batch, const LoraSet* lora, const PassShape& shape);
   LayerContext layerContext(const Pass& pass, int64_t layer);
   void forward(const Pass& pass);
-  void recomputeLayer(const Pass& pass, int64_t layer);
   // Losses of the label rows; with `gradient` also the gradient of the residual stream after the last layer.
   void headForward(const Pass& pass, bool gradient);
   void backward(const Pass& pass);

@@ -41,12 +41,20 @@ struct LayerContext {
   }
 };
 
-// Expects buffers.normed = the attention norm of inputs[layer].
 void attentionForward(const LayerContext& context);
 void attentionBackward(const LayerContext& context);
 
-// Expects buffers.normed = the MLP norm of middle. `withOutput` false stops at LoRA's down-projection (recomputation).
+// `withOutput` false stops at LoRA's down-projection (recomputation).
 void mlpForward(const LayerContext& context, bool withOutput);
 void mlpBackward(const LayerContext& context);
+
+inline void layerForward(const LayerContext& context, bool withOutput) {
+  attentionForward(context);
+  mlpForward(context, withOutput);
+}
+inline void layerBackward(const LayerContext& context) {
+  mlpBackward(context);
+  attentionBackward(context);
+}
 
 }  // namespace lora_da

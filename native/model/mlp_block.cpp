@@ -5,6 +5,8 @@ namespace lora_da {
 
 void mlpForward(const LayerContext& c, bool withOutput) {
   LayerActivations& kept = c.buffers.layer(c.layer);
+  c.device.rmsNorm(kept.middle, static_cast<const float*>(c.weights.mlpNorm.get()), c.spec.normEpsilon, c.buffers.normed,
+                   kept.mlpRstd, kept.mlpInput.data ? &kept.mlpInput : nullptr);
   c.weights.mlpInputs.forward(c.device, c.group(2), c.buffers.normed, c.down(2), nullptr, kept.gateUp);
   if (withOutput) {
     c.device.gatedMlp(kept.gateUp, c.spec.activation, c.buffers.hidden);
@@ -26,11 +28,12 @@ void mlpBackward(const LayerContext& c) {
   if (c.observer) c.observer->observe(c.weights.mlpOutput.index, buffers.hidden, buffers.branchGrad);
   c.weights.mlpOutput.backwardInput(c.device, c.group(3), buffers.hidden, c.downGrad(3));
 
-  c.device.rmsNormApply(kept.middle, kept.mlpRstd, normWeight, buffers.normed);
+  const Matrix& input = buffers.mlpInput(c.layer);
+  c.device.rmsNormApply(input, kept.mlpRstd, normWeight, buffers.normed);
   if (c.observer) c.observer->observe(c.weights.mlpInputs.index, buffers.normed, kept.gateUp);
   c.weights.mlpInputs.backward(c.device, c.group(2), c.down(2), kept.gateUp, c.downGrad(2), &buffers.normedGrad);
   c.weights.mlpInputs.backwardInput(c.device, c.group(2), buffers.normed, c.downGrad(2));
-  c.device.rmsNormGrad(kept.middle, kept.mlpRstd, normWeight, buffers.normedGrad, buffers.streamGrad, buffers.roundedGrad());
+  c.device.rmsNormGrad(input, kept.mlpRstd, normWeight, buffers.normedGrad, buffers.streamGrad, buffers.roundedGrad());
 }
 
 }  // namespace lora_da

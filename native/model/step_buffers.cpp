@@ -13,8 +13,13 @@ int64_t widestDown(const LoraSet& lora, size_t position) {
   return widest;
 }
 
-LayerActivations layoutLayer(Arena& arena, const DecoderSpec& spec, DType type, const LoraSet* lora, int64_t rows) {
+LayerActivations layoutLayer(Arena& arena, const DecoderSpec& spec, DType type, const LoraSet* lora, int64_t rows,
+                             bool normInputs) {
   LayerActivations kept;
+  if (normInputs) {
+    kept.attentionInput = arena.matrix(type, rows, spec.hiddenSize);
+    kept.mlpInput = arena.matrix(type, rows, spec.hiddenSize);
+  }
   kept.attentionRstd = arena.array<float>(rows);
   kept.qkv = arena.matrix(type, rows, spec.qkvWidth());
   if (spec.headNorm) {
@@ -24,7 +29,6 @@ LayerActivations layoutLayer(Arena& arena, const DecoderSpec& spec, DType type, 
   }
   kept.context = arena.matrix(type, rows, spec.queryWidth());
   kept.lse = arena.array<float>(rows * spec.heads);
-  kept.middle = arena.matrix(DType::f32, rows, spec.hiddenSize);
   kept.mlpRstd = arena.array<float>(rows);
   kept.gateUp = arena.matrix(type, rows, 2 * spec.intermediateSize);
   for (size_t i = 0; lora && i < groupsPerLayer; ++i) kept.down[i] = arena.matrix(type, rows, widestDown(*lora, i));
@@ -37,16 +41,22 @@ StepBuffers layoutStep(Arena& arena, const DecoderSpec& spec, DType type, const 
   StepBuffers buffers;
   const int64_t rows = shape.rows, labels = shape.labelRows;
   const int64_t hidden = spec.hiddenSize;
-  // Without backward two residual streams taking turns are enough: one is read while the next is written.
-  const int64_t streams = shape.keep == Keep::nothing ? std::min<int64_t>(2, spec.layers) : spec.layers;
-  for (int64_t i = 0; i < streams; ++i) buffers.inputs.push_back(arena.matrix(DType::f32, rows, hidden));
-  for (int64_t i = streams; i < spec.layers; ++i) buffers.inputs.push_back(buffers.inputs[static_cast<size_t>(i % 2)]);
+  // The float32 stream itself stays only where it is what backward reads, or what a layer is made again from.
+  const bool normInputs = shape.backward && type != DType::f32;
+  const bool streamsStay = shape.keep == Keep::layerInputs || (shape.keep == Keep::all && !normInputs);
+  for (int64_t i = 0; i < spec.layers; ++i) {
+    buffers.inputs.push_back(i == 0 || streamsStay ? arena.matrix(DType::f32, rows, hidden) : buffers.inputs.front());
+  }
   const int64_t kept = shape.keep == Keep::all ? spec.layers : 1;
-  for (int64_t i = 0; i < kept; ++i) buffers.layers.push_back(layoutLayer(arena, spec, type, lora, rows));
+  for (int64_t i = 0; i < kept; ++i) {
+    buffers.layers.push_back(layoutLayer(arena, spec, type, lora, rows, normInputs));
+    buffers.layers.back().middle = i == 0 || !normInputs ? arena.matrix(DType::f32, rows, hidden) : buffers.layers.front().middle;
+  }
 
   buffers.normed = arena.matrix(type, rows, hidden);
   buffers.hidden = arena.matrix(type, rows, spec.intermediateSize);
   buffers.finalStream = arena.matrix(DType::f32, rows, hidden);
+  if (normInputs) buffers.finalInput = arena.matrix(type, rows, hidden);
   buffers.finalRstd = arena.array<float>(rows);
   buffers.labelNormed = arena.matrix(type, labels, hidden);
   buffers.losses = arena.array<float>(labels);

@@ -20,26 +20,29 @@ constexpr size_t groupsPerLayer = 4;  // attention inputs, attention output, mlp
 
 // Kept from a layer's forward for its backward. T rows each.
 struct LayerActivations {
-  float* attentionRstd = nullptr;  // [T]
-  Matrix qkv;                      // [T, q + k + v], q and k rotated
-  Matrix qkvRaw;                   // before norm and rotation; only where heads are normed
-  float* queryRstd = nullptr;      // [T, heads], only where heads are normed
-  float* keyRstd = nullptr;        // [T, kvHeads]
-  Matrix context;                  // attention's output [T, q]
-  float* lse = nullptr;            // [T, heads]
-  Matrix middle;                   // residual stream between attention and MLP, float32 [T, H]
-  float* mlpRstd = nullptr;        // [T]
-  Matrix gateUp;                   // [T, 2I]; backward turns it into its own gradient
-  Matrix down[groupsPerLayer];     // LoRA down-projections [T, largest k of the layers]
+  float* attentionRstd = nullptr;   // [T]
+  Matrix qkv;                       // [T, q + k + v], q and k rotated
+  Matrix qkvRaw;                    // before norm and rotation; only where heads are normed
+  float* queryRstd = nullptr;       // [T, heads], only where heads are normed
+  float* keyRstd = nullptr;         // [T, kvHeads]
+  Matrix context;                   // attention's output [T, q]
+  float* lse = nullptr;             // [T, heads]
+  Matrix attentionInput, mlpInput;  // what enters the two norms, in the compute type [T, H], where that is not float32
+  Matrix middle;                    // residual stream between attention and MLP, float32 [T, H]
+  float* mlpRstd = nullptr;         // [T]
+  Matrix gateUp;                    // [T, 2I]; backward turns it into its own gradient
+  Matrix down[groupsPerLayer];      // LoRA down-projections [T, largest k of the layers]
 };
 
 struct StepBuffers {
-  std::vector<Matrix> inputs;            // residual stream entering each layer, float32 [T, H]
+  // Residual stream entering each layer, float32 [T, H]: a buffer each where backward reads it, or one for all.
+  std::vector<Matrix> inputs;
   std::vector<LayerActivations> layers;  // one per layer, or a single one used by all
   // Scratch of forward
   Matrix normed;               // [T, H]
   Matrix hidden;               // gated product [T, I]
   Matrix finalStream;          // residual stream after the last layer, float32 [T, H]
+  Matrix finalInput;           // the same in the compute type, where that is not float32
   float* finalRstd = nullptr;  // [T]
   // Head, over the rows that predict a label
   Matrix labelNormed;       // [L, H]
@@ -61,6 +64,15 @@ struct StepBuffers {
   }
   // What rmsNormGrad has to write beside streamGrad: branchGrad, or nothing where they are one.
   const Matrix* roundedGrad() const { return branchGrad.data == streamGrad.data ? nullptr : &branchGrad; }
+  // What backward reads of the stream that enters the norms, in the compute type.
+  const Matrix& attentionInput(int64_t index) {
+    const Matrix& kept = layer(index).attentionInput;
+    return kept.data ? kept : inputs[static_cast<size_t>(index)];
+  }
+  const Matrix& mlpInput(int64_t index) {
+    const LayerActivations& kept = layer(index);
+    return kept.mlpInput.data ? kept.mlpInput : kept.middle;
+  }
   LayerActivations& layer(int64_t index) { return layers.size() == 1 ? layers.front() : layers[static_cast<size_t>(index)]; }
 };
 

@@ -15,26 +15,34 @@ float reciprocalRoot(double sumOfSquares, int64_t width, float epsilon) {
 
 // y = x * rstd * weight
 template <class T>
-void rmsNormApply(const float* x, float rstd, const float* weight, void* y, int64_t width) {
+void rmsNormApply(const void* x, float rstd, const float* weight, void* y, int64_t width) {
+  const T* in = static_cast<const T*>(x);
   T* out = static_cast<T*>(y);
-  overVectors(width, [&](int64_t i, auto part) { store(out + i, load(x + i, part) * rstd * load(weight + i, part), part); });
+  overVectors(width, [&](int64_t i, auto part) { store(out + i, load(in + i, part) * rstd * load(weight + i, part), part); });
 }
 
 template <class T>
-float rmsNorm(const float* x, const float* weight, float epsilon, void* y, int64_t width) {
+float rmsNorm(const float* x, const float* weight, float epsilon, void* y, void* kept, int64_t width) {
   Vec squares{};
   overVectors(width, [&](int64_t i, auto part) {
     const Vec v = load(x + i, part);
     squares += v * v;
   });
   const float rstd = reciprocalRoot(sumOfLanesDouble(squares), width, epsilon);
-  rmsNormApply<T>(x, rstd, weight, y, width);
+  T* out = static_cast<T*>(y);
+  T* copy = static_cast<T*>(kept);
+  overVectors(width, [&](int64_t i, auto part) {
+    const Vec v = load(x + i, part);
+    store(out + i, v * rstd * load(weight + i, part), part);
+    if (copy) store(copy + i, v, part);
+  });
   return rstd;
 }
 
 // With n = x rstd and g = dy weight: dx += rstd (g - n mean(g n)).
 template <class T>
-void rmsNormGrad(const float* x, float rstd, const float* weight, const float* dy, float* dx, void* rounded, int64_t width) {
+void rmsNormGrad(const void* input, float rstd, const float* weight, const float* dy, float* dx, void* rounded, int64_t width) {
+  const T* x = static_cast<const T*>(input);
   T* copy = static_cast<T*>(rounded);
   Vec products{};
   overVectors(width,

@@ -90,11 +90,11 @@ struct OuterSum {
 
 // T is float or Bf16 (see kernels/vector.h); void* in the table so that one table type serves both.
 struct TypedKernels {
-  // y = x * rstd * weight; returns rstd. One row of `width`.
-  float (*rmsNorm)(const float* x, const float* weight, float epsilon, void* y, int64_t width);
-  void (*rmsNormApply)(const float* x, float rstd, const float* weight, void* y, int64_t width);
+  // y = x * rstd * weight, kept = x (null: not wanted); returns rstd. One row of `width`.
+  float (*rmsNorm)(const float* x, const float* weight, float epsilon, void* y, void* kept, int64_t width);
+  void (*rmsNormApply)(const void* x, float rstd, const float* weight, void* y, int64_t width);
   // dx += gradient of rmsNorm, one row; rounded = dx in the compute type (null: not wanted).
-  void (*rmsNormGrad)(const float* x, float rstd, const float* weight, const float* dy, float* dx, void* rounded, int64_t width);
+  void (*rmsNormGrad)(const void* x, float rstd, const float* weight, const float* dy, float* dx, void* rounded, int64_t width);
   // One row of heads: see Device::rope. cos, sin point at the row of this token's position.
   void (*rope)(const void* in, int32_t heads, int32_t headDim, const float* normWeight, float epsilon, const float* cos,
                const float* sin, int64_t pairs, void* out, float* rstd);
