@@ -130,9 +130,19 @@ const std::vector<Case>& cases() {
       {shapeOf(2, 1, 128), {0, 49, 200}, 56},
       {shapeOf(1, 1, 7), {0, 3}, 61},
       {shapeOf(1, 1, 256, 100), {0, 150}, 42},
+      {shapeOf(4, 1, 32), {0, 1, 3, 50, 145, 146}, 46},
+      {shapeOf(8, 1, 32, 50), {0, 200}, 56},
+      {shapeOf(8, 2, 64), {0, 97, 290}, 30},
+      {shapeOf(4, 1, 256), {0, 101}, 27},
+      // As long as the tiles and spans of the kernels, one less and one more.
+      {shapeOf(3, 1, 32), {0, 47, 95, 144}, 48},
+      {shapeOf(2, 2, 64), {0, 95, 191, 288, 481}, 31},
+      {shapeOf(1, 1, 16, 96), {0, 289, 578}, 62},
       // Longer than a chunk of queries.
       {shapeOf(2, 1, 16), {0, 1100, 1101}, 51},
       {shapeOf(2, 1, 16, 130), {0, 2100}, 12},
+      {shapeOf(8, 1, 32), {0, 400}, 48},
+      {shapeOf(8, 1, 16, 33), {0, 350}, 34},
   };
   return all;
 }
@@ -199,6 +209,55 @@ TEST_CASE("each of dq, dk and dv equals the definition") {
         }
       }
       CHECK(std::sqrt(difference / norm) < tolerance(DType::f32));
+    }
+  }
+}
+
+TEST_CASE("attention equals the definition for every length up to more than a tile") {
+  for (DType type : {DType::f32, DType::bf16}) {
+    const auto device = cpuDevice(type);
+    for (int32_t length = 1; length <= 110; length += length < 60 ? 1 : 7) {
+      const uint64_t seed = freshSeed();
+      const Case c{shapeOf(3, 1, 16, length % 3 == 0 ? 11 : 0), {0, length, 2 * length}, 3};
+      INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
+      std::mt19937_64 random(seed);
+      Problem p(c, type, random);
+      const Reference reference(p);
+      p.forward(*device);
+      p.backward(*device);
+      const int64_t cols = p.qCols + 2 * p.kvCols;
+      CHECK(relativeError(p.out, [&](int64_t i, int64_t j) { return reference.out[static_cast<size_t>(i * p.qCols + j)]; }) <
+            tolerance(type));
+      CHECK(relativeError(p.dqkv, [&](int64_t i, int64_t j) { return reference.dqkv[static_cast<size_t>(i * cols + j)]; }) <
+            1.5 * tolerance(type));
+    }
+  }
+}
+
+// The running maximum is raised only by scores well above it.
+TEST_CASE("attention equals the definition where scores grow along the keys") {
+  for (DType type : {DType::f32, DType::bf16}) {
+    for (double slope : {0.01, 0.05, -0.05}) {
+      const auto device = cpuDevice(type);
+      const uint64_t seed = freshSeed();
+      INFO("seed ", seed, ", ", lora_da::nameOf(type), ", slope ", slope);
+      std::mt19937_64 random(seed);
+      Problem p({shapeOf(2, 1, 32), {0, 700}, 4}, type, random);
+      // Element 0 of every query is 1 and that of every key its position times the slope.
+      for (int64_t i = 0; i < 700; ++i) {
+        const int64_t row = i * p.qkv.view.stride;
+        for (int64_t h = 0; h < 2; ++h) p.qkv.set(row + h * 32, 1.0);
+        p.qkv.set(row + p.qCols, slope * static_cast<double>(i) / static_cast<double>(p.c.shape.scale));
+      }
+      const Reference reference(p);
+      p.forward(*device);
+      CHECK(relativeError(p.out, [&](int64_t i, int64_t j) { return reference.out[static_cast<size_t>(i * p.qCols + j)]; }) <
+            tolerance(type));
+      double worstLse = 0;
+      for (size_t i = 0; i < p.lse.size(); ++i) {
+        worstLse = std::max(worstLse, std::abs(p.lse[i] - reference.lse[i]) / (1 + std::abs(reference.lse[i])));
+      }
+      CHECK(worstLse < 1e-5);
     }
   }
 }

@@ -3,9 +3,9 @@
 //   P = exp(S - lse),  D = rowsum(do * o),  dS = P * (do v^T - D)
 //   dv = P^T do,  dk = scale dS^T q,  dq = scale dS k,  dv and dk summed over the query heads
 //
-// Everything is packed once (see attention_tiles.h). A span of keys stays while the queries of every head go by, a span at a
-// time: first S, do v^T, P, dS and dq in blocks of query rows, then dv and dk in blocks of key rows over the whole span of
-// queries, so that their sums are loaded and stored rarely.
+// Everything is packed once (see attention_tiles.h), keys for all heads. Head by head, so that its packed queries stay in the
+// second cache, a span of keys meets the queries that see it, a span at a time: first S, do v^T, P, dS and dq in blocks of query
+// rows, then dv and dk in blocks of key rows over the whole span of queries, so that their sums are loaded and stored rarely.
 //
 // Sums are float32 whatever the compute type. With products of pairs P and dS are rounded to bfloat16.
 #include "cpu/kernels/attention_tiles.h"
@@ -57,7 +57,7 @@ struct GradWork {
   float* p;             // [querySpan / count, keySpan] stacked
   float* ds;            // [querySpan / count, keySpan] stacked
   float* dsRows;        // [blockRows, keySpan / count]: dS of a block again, for the product with k
-  float* heads;         // packed operands of each
+  float* queries;       // the packed operands of the head at work
   int64_t headWords;
 
   GradWork(const AttentionGroup& group, float* scratch)
@@ -81,7 +81,7 @@ struct GradWork {
         p(slopes + blockRows * keySpan),
         ds(p + querySpan / count * keySpan),
         dsRows(ds + querySpan / count * keySpan),
-        heads(dsRows + blockRows * keySpan / count),
+        queries(dsRows + blockRows * keySpan / count),
         headWords(paddedQueries * (2 * rowWidth + width + 2) + 2 * (paddedQueries / count * width)) {}
 
   QueryHead<T> head(const GradTensors<T>& tensors, int64_t i) const {
@@ -92,7 +92,7 @@ struct GradWork {
     h.dout += i * headDim;
     h.dq += i * headDim;
     h.lse += i;
-    h.queries = heads + i * headWords;
+    h.queries = queries;
     h.douts = h.queries + paddedQueries * rowWidth;
     h.queriesStacked = h.douts + paddedQueries * rowWidth;
     h.doutsStacked = h.queriesStacked + paddedQueries / count * width;
@@ -107,7 +107,7 @@ template <class T>
 int64_t attentionGradScratch(const AttentionGroup& group) {
   float* none = nullptr;
   const GradWork<T> work(group, none);
-  return work.heads - none + work.headWords * (group.shape.heads / group.shape.kvHeads);
+  return work.queries - none + work.headWords;
 }
 
 // Packs the queries [row, row + rows) of a head; those beyond the last are padding.
@@ -273,33 +273,36 @@ void attentionGroupGrad(const AttentionGroup& group, const void* out, const void
   tensors.dqStride = dqStride;
   tensors.lseStride = lseStride;
 
-  int64_t packed = 0;  // queries of every head
-  for (int64_t key = w.firstKey; key < w.end; key += keySpan) {
-    const int64_t keyRow = key - w.firstKey, keys = least(keySpan, w.paddedKeys - keyRow);
-    const int64_t seenFrom = greatest(0, (key - w.firstQuery) / blockRows * blockRows);
-    const int64_t seenTo =
-        w.window > 0 ? least(w.paddedQueries, roundUp(key + keys - 1 + w.window - w.firstQuery, blockRows)) : w.paddedQueries;
-    const int64_t spans = (seenTo - seenFrom + querySpan - 1) / querySpan;
-    const int64_t span = spans > 0 ? roundUp((seenTo - seenFrom + spans - 1) / spans, blockRows) : querySpan;  // even ones
-    float* keyGrads = dk + keyRow * w.width;
-    float* valueGrads = dv + keyRow * w.width;
-    zeroWords(keyGrads, keys * w.width);
-    zeroWords(valueGrads, keys * w.width);
-    for (int64_t i = 0; i < heads; ++i) {
-      const QueryHead<T> head = w.head(tensors, i);
+  for (int64_t i = 0; i < heads; ++i) {
+    const QueryHead<T> head = w.head(tensors, i);
+    int64_t packed = 0;  // queries of this head
+    for (int64_t key = w.firstKey; key < w.end; key += keySpan) {
+      const int64_t keyRow = key - w.firstKey, keys = least(keySpan, w.paddedKeys - keyRow);
+      const int64_t seenFrom = greatest(0, (key - w.firstQuery) / blockRows * blockRows);
+      const int64_t seenTo =
+          w.window > 0 ? least(w.paddedQueries, roundUp(key + keys - 1 + w.window - w.firstQuery, blockRows)) : w.paddedQueries;
+      const int64_t spans = greatest(1, (seenTo - seenFrom + querySpan - 1) / querySpan);
+      const int64_t span = roundUp((seenTo - seenFrom + spans - 1) / spans, blockRows);  // about equal ones
+      float* keyGrads = dk + keyRow * w.width;
+      float* valueGrads = dv + keyRow * w.width;
+      if (i == 0) {
+        zeroWords(keyGrads, keys * w.width);
+        zeroWords(valueGrads, keys * w.width);
+      }
       for (int64_t row = seenFrom; row < seenTo; row += span) {
         const int64_t rows = least(span, seenTo - row), fresh = greatest(row, packed);
         Ahead<T> ahead{head, row + rows, 0};
         if (fresh < row + rows) {
           packQueries(w, head, fresh, row + rows - fresh);
-          if (ahead.row >= seenTo && i + 1 < heads) ahead = {w.head(tensors, i + 1), greatest(seenFrom, packed), 0};
-          ahead.rows = greatest(0, least(span, least(seenTo, w.queryCount) - ahead.row));
+          packed = row + rows;
+          if (packed >= w.paddedQueries && i + 1 < heads) ahead = {w.head(tensors, i + 1), 0, 0};
+          ahead.rows = greatest(0, least(span, w.queryCount - ahead.row));
         }
         gradSpan(w, head, key, keys, row, rows, ahead, keyGrads, valueGrads);
       }
+      if (i + 1 < heads) continue;
+      for (int64_t j = 0; j < keys * w.width; j += lanes) store(keyGrads + j, w.scale * load(keyGrads + j, Whole{}), Whole{});
     }
-    packed = greatest(packed, seenTo);
-    for (int64_t i = 0; i < keys * w.width; i += lanes) store(keyGrads + i, w.scale * load(keyGrads + i, Whole{}), Whole{});
   }
 }
 

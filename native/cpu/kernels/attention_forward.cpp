@@ -153,15 +153,18 @@ void attentionGroup(const AttentionGroup& group, void* out, int64_t outStride, f
         }
       }
 
+      float total[queryTile];
       for (int64_t i = 0; i < rows; ++i) {
-        const float sum = sumOfLanes(load(tileState.sum + i * lanes, Whole{}));
-        const float share = 1.0f / sum;
+        total[i] = sumOfLanes(load(tileState.sum + i * lanes, Whole{}));
+        const float share = 1.0f / total[i];
         T* to = outOf(first + i, head);
         const float* from = tileState.out + i * width;
         overVectors(headDim, [&](int64_t j, auto part) { store(to + j, share * load(from + j, Whole{}), part); });
-        lse[(first + i) * lseStride + head] =
-            static_cast<float>(tileState.maximum[i] * static_cast<double>(ln2) + static_cast<double>(__builtin_logf(sum)));
       }
+      overVectors(rows, [&](int64_t i, auto part) {
+        store(total + i, load(tileState.maximum + i, part) * ln2 + logOfNormal(load(total + i, part)), part);
+      });
+      for (int64_t i = 0; i < rows; ++i) lse[(first + i) * lseStride + head] = total[i];
     }
   }
 }

@@ -248,9 +248,8 @@ void packAcross(const T* from, int64_t stride, int64_t rows, int64_t headDim, fl
   for (int64_t first = 0; first < roundUp(rows, tile); first += lanes) {
     float* out = to + first / tile * tile * depth + first % tile;
     const int64_t count = least(lanes, rows - first);
-    if (first + lanes < rows) {
-      prefetchRows(from + (first + lanes) * stride, stride, least(lanes, rows - first - lanes), headDim);
-    }
+    const int64_t ahead = first + rowsAhead;
+    prefetchRows(from + ahead * stride, stride, least(lanes, rows - ahead), headDim);
     for (int64_t d = 0; d < depth; d += lanes) {
       Vec square[lanes];
       if (count == lanes && (d + lanes) * Operand<T>::count <= headDim) {
@@ -319,10 +318,11 @@ KERNEL_INLINE VecInt columnNumbers() {
 
 // Scores of keys, `vectors` vectors from `key` on, become -infinity where the query does not see the key.
 KERNEL_INLINE void maskRow(float* scores, int64_t vectors, int64_t query, int64_t key, int64_t window) {
-  const int32_t last = static_cast<int32_t>(least(query - key, vectors * lanes));
+  const int32_t last = static_cast<int32_t>(greatest(least(query - key, vectors * lanes), -1));
   const int32_t first = window > 0 ? static_cast<int32_t>(greatest(query - window + 1 - key, -1)) : -1;
-  VecInt column = columnNumbers();
-  for (int64_t j = 0; j < vectors; ++j, column += lanes) {
+  const int64_t start = window > 0 ? 0 : (last + 1) / lanes;
+  VecInt column = columnNumbers() + static_cast<int32_t>(start * lanes);
+  for (int64_t j = start; j < vectors; ++j, column += lanes) {
     const Vec v = load(scores + j * lanes, Whole{});
     store(scores + j * lanes, (column > last) | (column < first) ? broadcast(-__builtin_inff()) : v, Whole{});
   }

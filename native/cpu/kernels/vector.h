@@ -234,35 +234,56 @@ KERNEL_INLINE void addDouble(double* sums, Vec v, Part part) {
 // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum.
 inline constexpr float roundingMagic = 12582912.0f;
 
-// 2^r for |r| <= 1/2: minimax polynomial, relative error 2e-9 before rounding.
-KERNEL_INLINE Vec exp2Fraction(Vec r) {
-  Vec p = 1.5345812e-4f * r + 1.3399930e-3f;
-  p = p * r + 9.6184889e-3f;
-  p = p * r + 5.5503286e-2f;
-  p = p * r + 2.4022646e-1f;
-  p = p * r + 6.9314718e-1f;
-  return p * r + 1.0f;
-}
 // p * 2^n where `shifted` is n + roundingMagic: n goes into the exponent's bits.
 KERNEL_INLINE Vec scaleByPower(Vec p, Vec shifted) {
   return fromBits(bitsOf(p) + (bitsOf(shifted) << 23));
 }
 
-// The same with relative error 3e-6, exact at 0: for what is rounded to bfloat16.
-KERNEL_INLINE Vec exp2FractionShort(Vec r) {
-  Vec p = 9.5828532e-3f * r + 5.5906426e-2f;
-  p = p * r + 2.4024099e-1f;
-  p = p * r + 6.9312419e-1f;
-  return p * r + 1.0f;
-}
-
-// 2^x for x <= 126 (softmax after about its maximum is subtracted); 0 below 2^-126; NaN stays NaN.
+// 2^x for x <= 126 (softmax after about its maximum is subtracted); 0 well below 2^-126; NaN stays NaN. A minimax polynomial of
+// the fraction, exact at 0, of relative error 2e-9 before rounding, or 3e-6 for what becomes bfloat16.
 template <bool toBf16>
 KERNEL_INLINE Vec exp2OfBounded(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = _mm512_reduce_ps(x, 0x09);  // x - floor(x); 0 of an infinity
+  if (toBf16) {
+    const Vec p = ((1.34266880e-2f * r + 5.22424682e-2f) * r + 2.41280208e-1f) * r + 6.93044845e-1f;
+    return _mm512_maskz_scalef_ps(0xffff, p * r + 1.0f, x);  // by 2^floor(x)
+  }
+  Vec p = 2.16129191e-4f * r + 1.24678453e-3f;
+  p = p * r + 9.67545167e-3f;
+  p = p * r + 5.54852806e-2f;
+  p = p * r + 2.40229306e-1f;
+  p = p * r + 6.93147044e-1f;
+  return _mm512_maskz_scalef_ps(0xffff, p * r + 1.0f, x);
+#else
   const Vec shifted = x + roundingMagic;
   const Vec r = x - (shifted - roundingMagic);
-  const Vec value = scaleByPower(toBf16 ? exp2FractionShort(r) : exp2Fraction(r), shifted);
+  Vec p = 1.5345812e-4f * r + 1.3399930e-3f;
+  p = p * r + 9.6184889e-3f;
+  p = p * r + 5.5503286e-2f;
+  p = p * r + 2.4022646e-1f;
+  p = p * r + 6.9314718e-1f;
+  const Vec value = scaleByPower(p * r + 1.0f, shifted);
   return x < -126.0f ? Vec{} : value;
+#endif
+}
+
+// The natural logarithm of a normal positive number; NaN stays NaN (polynomial of Cephes' logf).
+KERNEL_INLINE Vec logOfNormal(Vec x) {
+  // x = m 2^e, m from sqrt(1/2) to sqrt(2).
+  const VecInt e = (reinterpret_cast<VecInt>(x) - 0x3f3504f3) >> 23;
+  const Vec t = fromBits(bitsOf(x) - reinterpret_cast<VecBits>(e << 23)) - 1.0f;
+  Vec p = 7.0376836e-2f * t - 1.1514610e-1f;
+  p = p * t + 1.1676998e-1f;
+  p = p * t - 1.2420141e-1f;
+  p = p * t + 1.4249323e-1f;
+  p = p * t - 1.6668058e-1f;
+  p = p * t + 2.0000715e-1f;
+  p = p * t - 2.4999994e-1f;
+  p = p * t + 3.3333331e-1f;
+  const Vec square = t * t;
+  const Vec logM = t + (p * t - 0.5f) * square;
+  return __builtin_convertvector(e, Vec) * 0.69314718f + logM + (x - x);
 }
 
 // e^x where it is a normal number: |x| <= 87.
