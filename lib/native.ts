@@ -294,10 +294,25 @@ export interface NativeAddon {
 
 let loaded: NativeAddon | undefined;
 
+/**
+ * OpenMP's threads wait for each other by spinning, by default for milliseconds: where another process takes one of the cores,
+ * a step then takes several times as long. Its runtime reads the variable once, when it is loaded.
+ */
+function withOpenMpDefaults<T>(load: () => T): T {
+  const { GOMP_SPINCOUNT, OMP_WAIT_POLICY } = process.env;
+  if (GOMP_SPINCOUNT !== undefined || OMP_WAIT_POLICY !== undefined) return load();
+  process.env.GOMP_SPINCOUNT = '10000';
+  try {
+    return load();
+  } finally {
+    delete process.env.GOMP_SPINCOUNT;
+  }
+}
+
 /** The add-on: a prebuilt binary where there is one, else the one built in this checkout. */
 export function native(): NativeAddon {
   if (!loaded) {
-    loaded = require('node-gyp-build')(`${__dirname}/..`) as NativeAddon;
+    loaded = withOpenMpDefaults(() => require('node-gyp-build')(`${__dirname}/..`) as NativeAddon);
     loaded.setErrorClass(LoraDaError);
   }
   return loaded;

@@ -19,8 +19,9 @@ namespace {
 constexpr int64_t depthBlock = 4096;
 // A multiple of every tile's height.
 constexpr int64_t rowGrain = 24;
-// Columns of an outer sum that one thread takes at a time, and outputs of a single row.
+// Threads share the columns of an outer sum, and the outputs of a single row, in multiples of these.
 constexpr int64_t columnGrain = 64;
+constexpr int64_t outputGrain = 16;
 
 int64_t ceilDiv(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -307,13 +308,16 @@ void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias
     std::fill(left, left + ceilDiv(lowRank, kernels.stepDepth), 0.0f);
     std::copy_n(down->as<char>(), static_cast<size_t>(lowRank) * sizeOf(down->dtype), reinterpret_cast<char*>(left));
   }
-  int64_t partStart = 0;
-  for (const CpuWeight::Rows& part : w.parts) {
-    const int64_t chunks = ceilDiv(part.rows, columnGrain);
-#pragma omp parallel for num_threads(threads_) schedule(static)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t row = chunk * columnGrain, count = std::min(columnGrain, part.rows - row);
+  const auto fromFloat = (y.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).fromFloat;
+#pragma omp parallel num_threads(threads_)
+  {
+    int64_t partStart = 0;
+    for (const CpuWeight::Rows& part : w.parts) {
+      const int64_t share = ceilDiv(ceilDiv(part.rows, omp_get_num_threads()), outputGrain) * outputGrain;
+      const int64_t row = omp_get_thread_num() * share, count = std::min(share, part.rows - row);
       const int64_t col = partStart + row;
+      partStart += part.rows;
+      if (count <= 0) continue;
       float* sum = sums + col;
       kernels.dotRows(x.data, part.data + static_cast<size_t>(row) * w.rowBytes(), w.dtype, w.in, count, w.in, sum);
       if (down) {
@@ -331,9 +335,8 @@ void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias
       }
       if (bias) kernels_.addRow(bias + col, sum, count);
       if (residual) kernels_.addRow(residual->as<float>() + col, sum, count);
-      (y.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).fromFloat(sum, y.columns(col, count).data, count);
+      fromFloat(sum, y.columns(col, count).data, count);
     }
-    partStart += part.rows;
   }
 }
 
@@ -341,6 +344,13 @@ void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias
 void CpuDevice::thinProduct(const Matrix& a, const Matrix& b, float alpha, const Matrix& c) {
   const TypedKernels& kernels = typed();
   const int64_t depth = a.cols;
+  if (a.rows == 1) {
+    float* sums = panelScratch(static_cast<size_t>(c.cols));
+    kernels.dotRows(a.data, b.data, b.dtype, b.stride, c.cols, depth, sums);
+    kernels_.scaleRow(alpha, sums, c.cols);
+    (c.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).fromFloat(sums, c.data, c.cols);
+    return;
+  }
   const size_t floats = panelFloats(depth, 0);
   float* memory = panelScratch(floats);
   const int64_t share = ceilDiv(ceilDiv(a.rows, threads_), rowGrain) * rowGrain;

@@ -79,7 +79,7 @@ KERNEL_INLINE Vec rowSteps(const S* row, int64_t first, int64_t depth) {
       const auto mask = static_cast<__mmask16>(rest >= lanes ? 0xffff : rest > 0 ? (1u << rest) - 1 : 0);
       return _mm256_maskz_loadu_epi16(mask, row + at);
     };
-    return reinterpret_cast<Vec>(_mm512_inserti64x4(_mm512_zextsi256_si512(half(first)), half(first + lanes), 1));
+    return reinterpret_cast<Vec>(_mm512_mask_broadcast_i64x4(_mm512_zextsi256_si512(half(first)), 0xf0, half(first + lanes)));
   }
 }
 
@@ -384,31 +384,49 @@ KERNEL_INLINE Vec addPairs(Vec sum, const Bf16* x, const Bf16* w) {
 }
 #endif
 
-template <class T, class S, int rows>
-KERNEL_INLINE void dotTile(const T* x, const S* w, int64_t stride, int64_t depth, float* y) {
-  Vec sum[rows] = {};
+// One row's products, lane by lane. Memory is read in order and asked for well ahead: prefetchers stop at the end of a page.
+template <class T, class S>
+KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
+  constexpr int64_t ahead = 4096;  // bytes
+  Vec sums[4] = {};
   int64_t i = 0;
 #if defined(__AVX512BF16__)
   if constexpr (__is_same(T, Bf16) && __is_same(S, Bf16)) {
-    for (; i + 2 * lanes <= depth; i += 2 * lanes) {
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) sum[r] = addPairs(sum[r], x + i, w + r * stride + i);
+    for (; i + 8 * lanes <= depth; i += 8 * lanes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w + i + 2 * v * lanes) + ahead);
+        sums[v] = addPairs(sums[v], x + i + 2 * v * lanes, w + i + 2 * v * lanes);
+      }
     }
   }
 #endif
-  overVectors(depth - i, [&](int64_t j, auto part) {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) sum[r] = addDot(sum[r], x + i + j, w + r * stride + i + j, part);
-  });
-  for (int r = 0; r < rows; ++r) y[r] = sumOfLanes(sum[r]);
+  for (; i + 4 * lanes <= depth; i += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w + i + v * lanes) + ahead);
+      sums[v] = addDot(sums[v], x + i + v * lanes, w + i + v * lanes, Whole{});
+    }
+  }
+  overVectors(depth - i, [&](int64_t j, auto part) { sums[0] = addDot(sums[0], x + i + j, w + i + j, part); });
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <class T, class S>
 void dotRows(const T* x, const S* w, int64_t stride, int64_t rows, int64_t depth, float* y) {
-  constexpr int tileRows = 8;
   int64_t row = 0;
-  for (; row + tileRows <= rows; row += tileRows) dotTile<T, S, tileRows>(x, w + row * stride, stride, depth, y + row);
-  for (; row < rows; ++row) dotTile<T, S, 1>(x, w + row * stride, stride, depth, y + row);
+  for (; row + lanes <= rows; row += lanes) {  // the lanes of 16 rows are added up together
+    Vec sums[lanes];
+    for (int i = 0; i < lanes; ++i) sums[i] = dotLanes(x, w + (row + i) * stride, depth);
+    transpose(sums);
+#pragma GCC unroll 4
+    for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    store(y + row, sums[0], Whole{});
+  }
+  for (; row < rows; ++row) y[row] = sumOfLanes(dotLanes(x, w + row * stride, depth));
 }
 
 template <class T>
