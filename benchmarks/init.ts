@@ -51,8 +51,10 @@ interface Result {
   tokens: number;
   /** Of each round. */
   ours: InitFigures[];
-  /** Of each round; empty where the peer was skipped. */
+  /** Of each round; empty where the peer was skipped or failed. */
   authors: AuthorsFigures[];
+  /** Why the authors' code came to no end, as it does where too few tokens make a Z that it cannot invert. */
+  authorsFailure: string | null;
   /** The collection's products on batches of the same mean size, of each round; empty where it was skipped. */
   limits: LimitFigures[];
 }
@@ -114,7 +116,15 @@ function measure(
   given: Options,
 ): Result {
   const { steps, threads, peerPath, rounds } = given;
-  const result: Result = { rows: source, dtype, tokens: rows.tokens, ours: [], authors: [], limits: [] };
+  const result: Result = {
+    rows: source,
+    dtype,
+    tokens: rows.tokens,
+    ours: [],
+    authors: [],
+    authorsFailure: null,
+    limits: [],
+  };
   // The collection packs whole rows into batches of at most packedTokens.
   const batches = Math.ceil(rows.tokens / packedTokens);
   const products = {
@@ -130,8 +140,13 @@ function measure(
     console.error(`${source} ${dtype}: round ${round} of ${rounds}`);
     result.ours.push(runNode<InitFigures>('init_ours.ts', { ...child, steps, 'batch-size': batchSize }));
     if (given.limit) result.limits.push(measureLimit(products));
-    if (!peer) continue;
-    result.authors.push(runPython<AuthorsFigures>(peer, 'lora_da_authors.py', { ...child, 'peer-path': peerPath }));
+    if (!peer || result.authorsFailure) continue;
+    try {
+      result.authors.push(runPython<AuthorsFigures>(peer, 'lora_da_authors.py', { ...child, 'peer-path': peerPath }));
+    } catch (error) {
+      if (!(error instanceof BenchmarkError)) throw error;
+      result.authorsFailure = error.message.split('\n').at(-1)!;
+    }
   }
   return result;
 }
@@ -139,7 +154,7 @@ function measure(
 const seconds = (value: number) => `${value.toFixed(2)} s`;
 const times = (value: number) => `${value.toFixed(2)}×`;
 
-function show({ dtype, tokens, ours, authors, limits }: Result): string {
+function show({ dtype, tokens, ours, authors, authorsFailure, limits }: Result): string {
   const us = (figure: (round: InitFigures) => number) => median(ours.map(figure));
   const them = (figure: (round: AuthorsFigures) => number) => median(authors.map(figure));
   const whole = us((round) => round.seconds);
@@ -162,7 +177,8 @@ function show({ dtype, tokens, ours, authors, limits }: Result): string {
       `${((100 * products) / us((round) => round.collectSeconds)).toFixed(0)} %`,
     ]);
   }
-  if (authors.length === 0) return table(cells);
+  const failure = authorsFailure ? `\n  the authors' code failed: ${authorsFailure}` : '';
+  if (authors.length === 0) return `${table(cells)}${failure}`;
   const theirs = them((round) => round.gradientSeconds + round.fisherSeconds);
   const theirPeak = Math.max(...authors.map((round) => round.peakBytes));
   const peer: string[][] = [

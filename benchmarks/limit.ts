@@ -39,8 +39,10 @@ export interface LimitWork {
 }
 
 function run<T>(args: string[]): T {
-  const { status, stdout, stderr, error } = spawnSync(program, args, { encoding: 'utf8' });
-  if (error || status !== 0) throw new BenchmarkError(`bench_limit: ${error?.message ?? stderr.trim()}`, 1);
+  const { status, signal, stdout, stderr, error } = spawnSync(program, args, { encoding: 'utf8' });
+  if (error || status !== 0) {
+    throw new BenchmarkError(`bench_limit: ${error?.message ?? (stderr.trim() || `ended by ${signal}`)}`, 1);
+  }
   return JSON.parse(stdout);
 }
 

@@ -178,6 +178,28 @@ async function measure(inputs: Inputs, work: Work, dtype: Dtype, adapter: string
 
 const sum = (values: number[]) => values.reduce((total, value) => total + value, 0);
 
+/** Kinds of operations by their names; the first that fits counts. */
+const kinds: [string, RegExp][] = [
+  ['products with frozen weights', /^linear/],
+  ['head and loss', /^headLoss|^sumLosses/],
+  ["LoRA's thin products", /^matmul lora/],
+  ['attention', /^attention/],
+  ["the start's statistics", /^matmul TN|^secondMoment|^squareSum/],
+  ['dense algebra', /^matmul|^cholesky|^symmetricProduct|^lowestEigenpairs/],
+  ['optimizer', /^gradNorm|^adamw/],
+  ['memory', /^allocate|^upload|^download|^zero|^prepare/],
+  ['elementwise', /./],
+];
+
+function byKind(operations: NativeOperationProfile[]): [string, number][] {
+  const seconds = new Map(kinds.map(([kind]) => [kind, 0]));
+  for (const { operation, seconds: own } of operations) {
+    const [kind] = kinds.find(([, pattern]) => pattern.test(operation))!;
+    seconds.set(kind, seconds.get(kind)! + own);
+  }
+  return [...seconds].filter(([, own]) => own > 0).sort((a, b) => b[1] - a[1]);
+}
+
 function show({ dtype, unit, units, tokensPerUnit, seconds, callSeconds, operations }: Result): string {
   const inside = sum(operations.map((operation) => operation.seconds));
   const milliseconds = (value: number) => ((1000 * value) / units).toFixed(2);
@@ -201,7 +223,9 @@ function show({ dtype, unit, units, tokensPerUnit, seconds, callSeconds, operati
     '',
   ]);
   cells.push(['way to the engine and back', '', milliseconds(callSeconds - seconds), '', '', '']);
-  return `${table(cells)}\n  ${((tokensPerUnit * units) / seconds).toFixed(0)} tokens/s`;
+  const summary = [['by kind', `ms/${unit}`, 'share']];
+  for (const [kind, own] of byKind(operations)) summary.push([kind, milliseconds(own), share(own)]);
+  return `${table(cells)}\n${table(summary)}\n  ${((tokensPerUnit * units) / seconds).toFixed(0)} tokens/s`;
 }
 
 async function main(): Promise<void> {

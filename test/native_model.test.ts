@@ -10,9 +10,9 @@ import { allModules } from './support/reference';
 
 const folder = join(__dirname, 'fixtures/tiny-llama');
 
-async function load(): Promise<{ model: NativeModel; modules: string[] }> {
+async function load({ profile = false } = {}): Promise<{ model: NativeModel; modules: string[] }> {
   const { spec, tensors } = await openCheckpoint(folder);
-  const options = { spec, tensors, dtype: 'float32' as const, device: 'cpu', threads: 2, packBudget: -1 };
+  const options = { spec, tensors, dtype: 'float32' as const, device: 'cpu', threads: 2, packBudget: -1, profile };
   return { model: await native().loadModel(options, () => {}), modules: allModules(spec) };
 }
 
@@ -39,6 +39,29 @@ test('progress of loading counts up to the whole model', async () => {
   const model = await native().loadModel(options, (done, total) => seen.push([done, total]));
   assert.deepEqual(seen.at(-1), [spec.layers + 1, spec.layers + 1]);
   await model.dispose();
+});
+
+test('a profile counts the calls, seconds and flops of each operation and leaves results as they are', async () => {
+  const profiled = await load({ profile: true });
+  const plain = await load();
+  const losses: number[] = [];
+  for (const { model, modules } of [profiled, plain]) {
+    await model.addLora({ rank: 4, scaling: 1, modules });
+    if (model === profiled.model) await model.resetProfile();
+    losses.push((await model.trainStep([batch(100)], step)).loss);
+  }
+  assert.equal(losses[0], losses[1]);
+  const operations = new Map((await profiled.model.profile()).map((entry) => [entry.operation, entry]));
+  const down = operations.get('linear+lora 384x128')!;
+  assert.equal(down.calls, 4);
+  assert.equal(down.flops, 4 * 2 * 128 * (384 * 128 + 4 * 128)); // 100 tokens are 128 rows
+  assert.ok(down.seconds > 0);
+  assert.equal(operations.get('adamw')!.calls, 1);
+  await assert.rejects(plain.model.profile(), { code: 'INVALID_ARGUMENT' });
+  await profiled.model.resetProfile();
+  assert.deepEqual(await profiled.model.profile(), []);
+  await profiled.model.dispose();
+  await plain.model.dispose();
 });
 
 test('cancel rejects the work in progress and in the queue, and later calls work again', async () => {

@@ -30,7 +30,7 @@ std::string shape(int64_t first, int64_t second) {
 
 // Sums over the tokens (TN) name the result's shape, products of tokens with a matrix that matrix's as in x out. Thin: LoRA's.
 std::string matmulName(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, const Matrix& c) {
-  constexpr int64_t thinWidth = 256;
+  constexpr int64_t thinWidth = 64;
   const int64_t inner = ta == Transpose::no ? a.cols : a.rows;
   const bool overTokens = ta == Transpose::yes;
   const int64_t first = overTokens ? c.rows : inner;
