@@ -219,17 +219,22 @@ Napi::Value NativeModel::collect(const Napi::CallbackInfo& info) {
   };
   return queue(
       info, [batches = toBatches(info[0].As<Napi::Array>()), mask = toTokenMask(info[1].ToString().Utf8Value())](Decoder& model) {
-        const Statistics statistics = collectStatistics(model, batches, {true, true, true}, mask, [](auto...) {});
+        Statistics statistics = collectStatistics(model, batches, {true, true, true}, mask, [](auto...) {});
         std::vector<ModuleStatistics> modules;
         for (size_t i = 0; i < model.projections().size(); ++i) {
           if (model.lora() && !model.lora()->group(i)) continue;
-          const GroupStatistics group = statistics.read(i);
+          const GroupStatistics group = statistics.take(i);
           const Projection& projection = *model.projections()[i];
+          auto* moment = static_cast<double*>(group.inputMoment.get());
+          std::vector<double> inputMoment(static_cast<size_t>(projection.in * projection.in));
+          model.device().mirrorLower(moment, projection.in);
+          model.device().download(inputMoment.data(), moment, inputMoment.size() * sizeof(double));
+          model.device().synchronize();
           for (const ProjectionPart& part : projection.parts) {
             const auto rows = group.gradient.begin() + part.offset * projection.in;
             modules.push_back({part.module,
                                {rows, rows + part.out * projection.in},
-                               group.inputMoment,
+                               inputMoment,
                                {group.outputFactor.begin() + part.offset, group.outputFactor.begin() + part.offset + part.out}});
           }
         }

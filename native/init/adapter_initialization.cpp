@@ -49,8 +49,8 @@ AdapterInitializationResult initializeAdapters(Decoder& model, const std::vector
 
   const auto collectStart = std::chrono::steady_clock::now();
   const bool collecting = needsSamples(method.needs);
-  const Statistics statistics = collectStatistics(model, collecting ? batches : std::vector<TokenBatch>(), method.needs,
-                                                  initialization.tokenMask, progress);
+  Statistics statistics = collectStatistics(model, collecting ? batches : std::vector<TokenBatch>(), method.needs,
+                                            initialization.tokenMask, progress);
   result.collectSeconds = secondsSince(collectStart);
 
   const auto solveStart = std::chrono::steady_clock::now();
@@ -61,8 +61,10 @@ AdapterInitializationResult initializeAdapters(Decoder& model, const std::vector
   for (int64_t index = 0; index < groups; ++index) {
     const LoraGroup* group = lora->group(static_cast<size_t>(index));
     if (!group) continue;
-    const GroupStatistics data = collecting ? statistics.read(static_cast<size_t>(index)) : GroupStatistics();
-    if (method.needs.inputMoment) moment.reset(data.inputMoment.data(), group->in, group->blocks.front().module);
+    const GroupStatistics data = collecting ? statistics.take(static_cast<size_t>(index)) : GroupStatistics();
+    if (method.needs.inputMoment) {
+      moment.reset(static_cast<double*>(data.inputMoment.get()), group->in, group->blocks.size(), group->blocks.front().module);
+    }
     for (const LoraBlock& block : group->blocks) {
       InitializationInput input;
       input.module = block.module;

@@ -3,7 +3,7 @@
 //
 // A caller walks the groups of modules that read the same input:
 //   InitializationWorkspace workspace(device);   InputMoment moment;
-//   per group:   moment.reset(z, in, name);      (where the row needs the input moment)
+//   per group:   moment.reset(z, in, modules, name);      (where the row needs the input moment)
 //   per module:  row.initialize(input, workspace, factors, report);
 #pragma once
 
