@@ -181,4 +181,10 @@ void initializeLoraDa(const InitializationInput& input, InitializationWorkspace&
   report.relativeGap = report.gap / largest;
 }
 
+size_t loraDaWorkspaceBytes(int64_t out, int64_t in, int64_t rank) {
+  const int64_t delta = in * out, omega = in * in, gram = out < in ? out * out : 0;
+  const int64_t factors = 2 * (rank + 1) * (in + out);  // on the device and on the host
+  return static_cast<size_t>(delta + omega + gram + factors) * sizeof(double);
+}
+
 }  // namespace lora_da

@@ -5,13 +5,14 @@
 #include <map>
 
 #include "core/error.h"
+#include "core/memory_info.h"
 #include "model/layers.h"
 
 namespace lora_da {
 
 Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
                  const std::function<void(int64_t, int64_t)>& progress)
-    : spec_(std::move(spec)), device_(makeDevice(options)), files_(std::move(tensors)) {
+    : spec_(std::move(spec)), processBytes_(residentMemory()), device_(makeDevice(options)), files_(std::move(tensors)) {
   weights_ = loadWeights(*device_, spec_, files_, [&](int64_t done, int64_t total) {
     checkCancelled();
     progress(done, total);
@@ -73,14 +74,19 @@ LayerContext Decoder::layerContext(const Pass& pass, int64_t layer) {
 }
 
 void Decoder::forward(const Pass& pass) {
+  device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, pass.buffers.inputs[0]);
+  forwardLayers(pass, 0, spec_.layers);
+}
+
+void Decoder::forwardLayers(const Pass& pass, int64_t first, int64_t last) {
   StepBuffers& buffers = pass.buffers;
   const float epsilon = spec_.normEpsilon;
   const auto normOf = [](const Buffer& buffer) { return static_cast<const float*>(buffer.get()); };
 
-  device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, buffers.inputs[0]);
-  device_->rmsNorm(buffers.inputs[0], nullptr, normOf(weights_.layers[0].attentionNorm), epsilon, buffers.inputs[0],
-                   buffers.normed, buffers.layer(0).attentionRstd);
-  for (int64_t layer = 0; layer < spec_.layers; ++layer) {
+  const Matrix& entering = buffers.inputs[static_cast<size_t>(first)];
+  device_->rmsNorm(entering, nullptr, normOf(weights_.layers[static_cast<size_t>(first)].attentionNorm), epsilon, entering,
+                   buffers.normed, buffers.layer(first).attentionRstd);
+  for (int64_t layer = first; layer < last; ++layer) {
     checkCancelled();
     const LayerContext context = layerContext(pass, layer);
     LayerActivations& kept = buffers.layer(layer);

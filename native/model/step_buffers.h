@@ -58,6 +58,13 @@ struct StepBuffers {
   LayerActivations& layer(int64_t index) { return layers.size() == 1 ? layers.front() : layers[static_cast<size_t>(index)]; }
 };
 
+// Residual streams that outlive the pass over their batch, float32 [T, H] each: those entering the layers (data null: not kept),
+// and the gradient of the one after the layer that backward has come to.
+struct ResidualStreams {
+  std::vector<Matrix> inputs;
+  Matrix gradient;
+};
+
 struct PassShape {
   int64_t rows = 0;
   int64_t labelRows = 0;

@@ -1,15 +1,14 @@
 // The whole decoder on a small random checkpoint: properties that hold whatever the weights are.
 #include <doctest/doctest.h>
-#include <unistd.h>
 
 #include <cmath>
-#include <cstdio>
 #include <fstream>
 
 #include "core/error.h"
 #include "fisher/statistics.h"
 #include "init/adapter_initialization.h"
 #include "model/decoder.h"
+#include "random_checkpoint.h"
 #include "test_device.h"
 
 using namespace lora_da;
@@ -17,123 +16,11 @@ using namespace lora_da::test;
 
 namespace {
 
-// A Llama-like decoder with random weights in a file of its own.
-class RandomCheckpoint {
- public:
-  explicit RandomCheckpoint(uint64_t seed) : random_(seed) {
-    char name[] = "/tmp/lora-da-model-XXXXXX";
-    const int file = mkstemp(name);
-    REQUIRE(file >= 0);
-    close(file);
-    path = name;
-
-    spec.vocabSize = 61;
-    spec.hiddenSize = 24;
-    spec.intermediateSize = 40;
-    spec.layers = 2;
-    spec.heads = 4;
-    spec.kvHeads = 2;
-    spec.headDim = 6;
-    spec.normEpsilon = 1e-5f;
-    spec.attentionScale = 1 / std::sqrt(6.0f);
-    spec.windows = {0, 5};
-    spec.headNorm = true;
-    spec.inverseFrequencies = {1.0f, 0.05f, 0.002f};
-    spec.tiedHead = false;
-    spec.attentionInputs = {{"q_proj", 24, 24, true}, {"k_proj", 12, 24, true}, {"v_proj", 12, 24, true}};
-    spec.attentionOutput = {"o_proj", 24, 24, false};
-    spec.mlpInputs = {{"gate_proj", 40, 24, false}, {"up_proj", 40, 24, false}};
-    spec.mlpOutput = {"down_proj", 24, 40, false};
-    spec.names = {"embed.weight",  "layers.{i}",    "norm1.weight", "norm2.weight",
-                  "q_norm.weight", "k_norm.weight", "norm.weight",  "head.weight"};
-
-    std::ofstream out(path, std::ios::binary);
-    add(out, "embed.weight", {61, 24}, 0, 1);
-    add(out, "head.weight", {61, 24}, 0, 0.4);
-    add(out, "norm.weight", {24}, 1, 0.2);
-    for (int64_t layer = 0; layer < spec.layers; ++layer) {
-      const std::string prefix = spec.layerPrefix(layer);
-      for (const char* norm : {"norm1.weight", "norm2.weight"}) add(out, prefix + norm, {24}, 1, 0.2);
-      for (const char* norm : {"q_norm.weight", "k_norm.weight"}) add(out, prefix + norm, {6}, 1, 0.2);
-      std::vector<LinearSpec> linears = spec.attentionInputs;
-      linears.push_back(spec.attentionOutput);
-      linears.insert(linears.end(), spec.mlpInputs.begin(), spec.mlpInputs.end());
-      linears.push_back(spec.mlpOutput);
-      for (const LinearSpec& linear : linears) {
-        add(out, prefix + linear.name + ".weight", {linear.out, linear.in}, 0, 0.3);
-        if (linear.bias) add(out, prefix + linear.name + ".bias", {linear.out}, 0, 0.1);
-        modules.push_back(prefix + linear.name);
-      }
-    }
-  }
-  ~RandomCheckpoint() { std::remove(path.c_str()); }
-
-  std::unique_ptr<Decoder> load(DType type = DType::f32) const {
-    DeviceOptions options;
-    options.device = "cpu";
-    options.computeType = type;
-    options.threads = 2;
-    options.packBudget = size_t{1} << 28;
-    return std::make_unique<Decoder>(spec, tensors, options, [](int64_t, int64_t) {});
-  }
-
-  std::vector<AdapterFactors> randomFactors(Decoder& model) {
-    std::vector<AdapterFactors> factors = model.lora()->read(model.device(), LoraSet::Array::value);
-    std::normal_distribution<float> normal(0.0f, 0.1f);
-    for (AdapterFactors& entry : factors) {
-      for (float& value : entry.a) value = normal(random_);
-      for (float& value : entry.b) value = normal(random_);
-    }
-    return factors;
-  }
-
-  TokenBatch batch(const std::vector<int32_t>& lengths) {
-    TokenBatch batch;
-    batch.sequenceStarts.push_back(0);
-    for (const int32_t length : lengths) {
-      for (int32_t t = 0; t < length; ++t) {
-        const auto id = static_cast<int32_t>(random_() % 61);
-        batch.inputIds.push_back(id);
-        batch.labels.push_back(t > 1 ? id : -100);
-      }
-      batch.sequenceStarts.push_back(static_cast<int32_t>(batch.inputIds.size()));
-    }
-    return batch;
-  }
-
-  DecoderSpec spec;
-  std::vector<TensorSource> tensors;
-  std::vector<std::string> modules;
-  std::string path;
-
- private:
-  void add(std::ofstream& out, const std::string& name, const std::vector<int64_t>& shape, double center, double spread) {
-    size_t count = 1;
-    for (const int64_t size : shape) count *= static_cast<size_t>(size);
-    std::normal_distribution<float> normal(static_cast<float>(center), static_cast<float>(spread));
-    std::vector<float> values(count);
-    for (float& value : values) value = normal(random_);
-    tensors.push_back({name, path, DType::f32, shape, static_cast<size_t>(out.tellp()), count * sizeof(float)});
-    out.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)));
-  }
-
-  std::mt19937_64 random_;
-};
-
 StepOptions plainStep(Recompute recompute = Recompute::none) {
   StepOptions options;
   options.optimizer.learningRate = 0.01f;
   options.recompute = recompute;
   return options;
-}
-
-std::vector<float> flatten(const std::vector<AdapterFactors>& factors) {
-  std::vector<float> values;
-  for (const AdapterFactors& entry : factors) {
-    values.insert(values.end(), entry.a.begin(), entry.a.end());
-    values.insert(values.end(), entry.b.begin(), entry.b.end());
-  }
-  return values;
 }
 
 }  // namespace
