@@ -201,8 +201,7 @@ Napi::Value NativeModel::initialize(const Napi::CallbackInfo& info) {
                  const auto progress = [&](InitializationPhase phase, int64_t done, int64_t total) {
                    if (model.cancelled.load()) throw Error(code::aborted, "the operation was aborted");
                    state.notify(call, [phase, done, total](Napi::Env env) -> std::vector<napi_value> {
-                     const char* name = phase == InitializationPhase::collect ? "collect" : "solve";
-                     return {Napi::String::New(env, name), toNumber(env, done), toNumber(env, total)};
+                     return {Napi::String::New(env, nameOf(phase)), toNumber(env, done), toNumber(env, total)};
                    });
                  };
                  return [result = initializeAdapters(model, batches, initialization, progress)](Napi::Env env) -> Napi::Value {

@@ -15,7 +15,7 @@ import {
   resolveInitialization,
 } from './initializations';
 import { type MergeOptions, mergeCheckpoint } from './merge';
-import type { NativeBatch, NativeFactors, NativeMoments } from './native';
+import type { InitializationPhase, NativeBatch, NativeFactors, NativeMoments } from './native';
 import { firstRows, packRows } from './packing';
 import { makeFolder } from './run_folder';
 
@@ -35,7 +35,7 @@ export interface LoraAdapterParts {
 export interface LongCallOptions {
   signal?: AbortSignal;
   /** Phase by name, and how much of it is done. */
-  onProgress?: (phase: 'collect' | 'solve', done: number, total: number) => void;
+  onProgress?: (phase: InitializationPhase, done: number, total: number) => void;
 }
 
 /**
@@ -95,10 +95,10 @@ export class LoraAdapter {
    * @param options  method and its figures, see {@link InitializationOptions}; by default LoRA-DA as its paper sets it
    * @param data     examples of the target task, of which the first `samples` are used; not needed by methods without data
    * @param call.signal      stops it; the factors stay as they were
-   * @param call.onProgress  phase (`collect`, `solve`), done, total
+   * @param call.onProgress  phase (`collect`, then `solve`; or `layers`, both by turns), done, total
    * @returns per module cond(Zd), median(ydiag)/damping, σ and the gap after the r-th eigenvalue
    * @throws {LoraDaError} `NOT_POSITIVE_DEFINITE`, naming the module, when damping is too small for its statistics;
-   *   `INVALID_ARGUMENT`; `NON_FINITE`; `OUT_OF_MEMORY`; `ABORTED`
+   *   `INVALID_ARGUMENT`; `NON_FINITE`; `OUT_OF_MEMORY` where no plan fits the budget, before anything is collected; `ABORTED`
    *
    * @example
    * ```ts
@@ -122,6 +122,7 @@ export class LoraAdapter {
         options: config,
         samples: 0,
         modules: [],
+        collection: null,
         collectSeconds: 0,
         solveSeconds: 0,
       });
@@ -137,9 +138,9 @@ export class LoraAdapter {
         call.onProgress ?? (() => {}),
       ),
     );
-    const { collectSeconds, solveSeconds } = found;
+    const { collection, collectSeconds, solveSeconds } = found;
     const modules = found.modules.map((module) => moduleReport(module, collects));
-    return this.#report({ method, options: config, samples, modules, collectSeconds, solveSeconds });
+    return this.#report({ method, options: config, samples, modules, collection, collectSeconds, solveSeconds });
   }
 
   /**

@@ -1,7 +1,13 @@
 import { expected } from '../arguments';
 import { initSchema, parseOptions } from '../config';
 import { LoraDaError } from '../errors';
-import { type ModuleReport, needsData, summarizeInitialization } from '../initializations';
+import {
+  describeCollection,
+  type ModuleReport,
+  needsData,
+  phaseNames,
+  summarizeInitialization,
+} from '../initializations';
 import { checkWritable, namesIn, runFiles } from '../run_folder';
 import type { CommandContext } from './context';
 import { flagOf } from './flags';
@@ -17,7 +23,7 @@ export async function init(given: Record<string, unknown>, context: CommandConte
   }
   await checkWritable(config.out);
   const { rank, alpha, rslora, targetModules, samples, tokenMask, population, varianceWeight, biasWeight } = config;
-  const { gamma, damping, outputDamping, normalizeDelta, seed } = config;
+  const { gamma, damping, outputDamping, normalizeDelta, plan, memoryBudget, seed } = config;
   return withModel(config, context, async (model) => {
     const adapter = model.addLora({ rank, alpha, rslora, targetModules });
     // With N given, the rows after the first `samples` do not matter.
@@ -27,13 +33,13 @@ export async function init(given: Record<string, unknown>, context: CommandConte
       {
         method: config.init,
         ...{ samples, tokenMask, population, varianceWeight, biasWeight },
-        ...{ gamma, damping, outputDamping, normalizeDelta, seed },
+        ...{ gamma, damping, outputDamping, normalizeDelta, plan, memoryBudget, seed },
       },
       data,
       {
         signal: context.signal,
         onProgress: (phase, done, total) => {
-          if (done <= 1) context.progress.begin(phase === 'collect' ? 'collecting statistics' : 'solving', total);
+          if (done <= 1) context.progress.begin(phaseNames[phase], total);
           context.progress.update(done);
         },
       },
@@ -43,6 +49,7 @@ export async function init(given: Record<string, unknown>, context: CommandConte
     context.progress.end();
     if (collects) for (const line of table(report.modules)) context.print(line);
     context.print(summarizeInitialization(report));
+    if (report.collection) context.print(describeCollection(report.collection));
     context.print(`Adapter: ${config.out}`);
     return { ...report, out: config.out };
   });

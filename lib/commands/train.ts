@@ -2,7 +2,13 @@ import type { CausalLM } from '../causal_lm';
 import { resolveTrainConfig, type TrainConfig } from '../config';
 import type { Dataset } from '../dataset';
 import { LoraDaError } from '../errors';
-import { type InitializationOptions, keepFactors, needsData, summarizeInitialization } from '../initializations';
+import {
+  type InitializationOptions,
+  keepFactors,
+  needsData,
+  phaseNames,
+  summarizeInitialization,
+} from '../initializations';
 import type { LoraAdapter } from '../lora_adapter';
 import { estimateRun, type RunEstimate } from '../memory';
 import { formatDuration } from '../progress';
@@ -112,6 +118,8 @@ function initializationOf(config: Config, data: Dataset): InitializationOptions 
     'gamma',
     'damping',
     'normalizeDelta',
+    'plan',
+    'memoryBudget',
   ]);
   return {
     method: config.init,
@@ -149,7 +157,7 @@ async function runTrainer(trainer: Trainer, context: CommandContext): Promise<ob
   return {
     ...rest,
     initialization: initialization && {
-      ...pick(initialization, ['method', 'samples', 'collectSeconds', 'solveSeconds']),
+      ...pick(initialization, ['method', 'samples', 'collection', 'collectSeconds', 'solveSeconds']),
       modules: initialization.modules.length,
     },
   };
@@ -167,7 +175,7 @@ function followTrainer(trainer: Trainer, { progress }: CommandContext): void {
     phase = '';
   };
   trainer.on('initializationProgress', ({ phase: part, done, total }) => {
-    during(part === 'collect' ? 'collecting statistics' : 'solving', total);
+    during(phaseNames[part], total);
     progress.update(done);
   });
   trainer.on('initialization', (report) => line(`Initialization: ${summarizeInitialization(report)}`));

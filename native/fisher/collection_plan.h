@@ -16,6 +16,10 @@ namespace lora_da {
 
 enum class CollectionOrder { sampleMajor, layerMajor };
 
+constexpr const char* nameOf(CollectionOrder order) {
+  return order == CollectionOrder::sampleMajor ? "sample-major" : "layer-major";
+}
+
 // What an initialization will do.
 struct CollectionWork {
   std::vector<PackedBatch> batches;

@@ -30,6 +30,12 @@ struct AdapterInitializationResult {
 
 // collect, then solve; or in layer-major order both by turns, counted together.
 enum class InitializationPhase { collect, solve, layers };
+
+constexpr const char* nameOf(InitializationPhase phase) {
+  constexpr const char* names[] = {"collect", "solve", "layers"};
+  return names[static_cast<int>(phase)];
+}
+
 // Called with (phase, done, total); may throw to stop.
 using InitializationProgress = std::function<void(InitializationPhase, int64_t, int64_t)>;
 

@@ -56,7 +56,7 @@ struct ModuleReport {
   double sigma = notComputed;                    // what delta was divided by: its largest singular value; 1 when not normalized
   double gap = notComputed;                      // eigenvalue r+1 minus eigenvalue r of omega; infinite when rank = in
   double relativeGap = notComputed;              // gap over the largest magnitude that an eigenvalue of omega can have
-  std::vector<double> eigenvalues;     // the rank + 1 smallest of omega, ascending (rank, when rank = in)
+  std::vector<double> eigenvalues;               // the rank + 1 smallest of omega, ascending (rank, when rank = in)
 };
 
 struct InitializerNeeds {
