@@ -34,6 +34,7 @@ Napi::Function NativeModel::define(Napi::Env env) {
        InstanceMethod<&NativeModel::writeFactors>("writeFactors"), InstanceMethod<&NativeModel::readMoments>("readMoments"),
        InstanceMethod<&NativeModel::writeMoments>("writeMoments"), InstanceMethod<&NativeModel::trainStep>("trainStep"),
        InstanceMethod<&NativeModel::evaluate>("evaluate"), InstanceMethod<&NativeModel::logits>("logits"),
+       InstanceMethod<&NativeModel::planInitialization>("planInitialization"),
        InstanceMethod<&NativeModel::initialize>("initialize"), InstanceMethod<&NativeModel::collect>("collect"),
        InstanceMethod<&NativeModel::generate>("generate"), InstanceMethod<&NativeModel::mergedWeight>("mergedWeight"),
        InstanceMethod<&NativeModel::planMemory>("planMemory"), InstanceMethod<&NativeModel::cancel>("cancel"),
@@ -191,6 +192,13 @@ Napi::Value NativeModel::evaluate(const Napi::CallbackInfo& info) {
 Napi::Value NativeModel::logits(const Napi::CallbackInfo& info) {
   return queue(info, [batch = toBatch(info[0].As<Napi::Object>())](Decoder& model) {
     return [logits = model.logits(batch)](Napi::Env env) -> Napi::Value { return typedArray<Napi::Float32Array>(env, logits); };
+  });
+}
+
+Napi::Value NativeModel::planInitialization(const Napi::CallbackInfo& info) {
+  return queue(info, [batches = toBatches(info[0].As<Napi::Array>()),
+                      initialization = toInitialization(info[1].As<Napi::Object>())](Decoder& model) {
+    return [plan = lora_da::planInitialization(model, batches, initialization)](Napi::Env env) { return fromPlan(env, plan); };
   });
 }
 

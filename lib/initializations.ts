@@ -165,7 +165,7 @@ export function summarizeInitialization(report: InitializationReport): string {
 }
 
 /** One line: the plan of the collection and what it takes. */
-export function describeCollection(collection: CollectionPlan): string {
+export function describePlan(collection: CollectionPlan): string {
   const size = (bytes: number) => `${(bytes / 1e9).toFixed(2)} GB`;
   const { plan, layersPerCheckpoint, resident, statistics, streams, activations, workspace, total } = collection;
   const kept = layersPerCheckpoint > 1 ? `, the input of one layer in ${layersPerCheckpoint} kept` : '';
@@ -176,5 +176,5 @@ export function describeCollection(collection: CollectionPlan): string {
     `activations ${size(activations)}`,
     `workspace ${size(workspace)}`,
   ];
-  return `Collected ${plan}${kept}; planned memory ${size(total)}: ${parts.join(', ')}`;
+  return `Collection ${plan}${kept}; planned memory ${size(total)}: ${parts.join(', ')}`;
 }

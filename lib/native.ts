@@ -258,6 +258,8 @@ export interface NativeModel {
   evaluate(batch: NativeBatch): Promise<NativeEvaluation>;
   /** Logits of every token, [tokens, vocabSize] row-major. For tests and verification: large. */
   logits(batch: NativeBatch): Promise<Float32Array>;
+  /** The plan that {@link initialize} would follow, before anything is allocated; null for a method without data. */
+  planInitialization(batches: NativeBatch[], options: NativeInitOptions): Promise<CollectionPlan | null>;
   /** Collects what the method needs over the batches, computes the factors of every adapted module and sets them. */
   initialize(
     batches: NativeBatch[],

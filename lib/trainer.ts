@@ -14,7 +14,7 @@ import {
 } from './initializations';
 import type { LoraAdapter } from './lora_adapter';
 import { type EvaluationMetrics, JsonLines, type StepMetrics } from './metrics';
-import type { InitializationPhase, NativeFactors, NativeStepResult } from './native';
+import type { CollectionPlan, InitializationPhase, NativeFactors, NativeStepResult } from './native';
 import { writeReport } from './report';
 import { checkRunFolder, makeFolder, removeLeftovers, runFiles } from './run_folder';
 import { Sampler } from './sampler';
@@ -94,6 +94,7 @@ export interface EvaluationEvent extends EvaluationMetrics {
 export interface TrainerEvents {
   /** Before the first step: where the run starts, after a resume not at 0. */
   start: [{ step: number; totalSteps: number; resumed: boolean }];
+  initializationPlan: [CollectionPlan];
   initializationProgress: [{ phase: InitializationPhase; done: number; total: number }];
   initialization: [InitializationReport];
   step: [StepEvent];
@@ -308,6 +309,7 @@ class Run {
       const { signal, trainer } = this;
       const report = await this.adapter.initialize(initialize, data, {
         signal,
+        onPlan: (plan) => trainer.emit('initializationPlan', plan),
         onProgress: (phase, done, total) => trainer.emit('initializationProgress', { phase, done, total }),
       });
       trainer.emit('initialization', report);

@@ -191,12 +191,13 @@ test('train --dry-run tells memory and time and writes nothing', async () => {
   const result = await runCli(['train', '--model', model, '--data', data, '--out', out, '--dry-run', '--json']);
   assert.equal(result.code, 0, result.stderr);
   const { memory, seconds, steps } = jsonOf(result) as {
-    memory: Record<string, number>;
+    memory: Record<string, number> & { initialization: unknown };
     seconds: Record<string, number>;
     steps: number;
   };
   assert.equal(steps, 3);
   assert.equal(memory.total, memory.weights! + memory.activations! + memory.adapters! + memory.workspace!);
+  assert.equal((memory.initialization as { plan: string }).plan, 'sample-major');
   assert.ok(seconds.total! > 0);
   assert.ok(!existsSync(out));
 });

@@ -232,6 +232,10 @@ export class FakeModel implements NativeModel {
     });
   }
 
+  planInitialization(...[, { method }]: Parameters<NativeModel['planInitialization']>) {
+    return this.#enqueue('planInitialization', () => (method === 'lora-da' ? fakePlan : null));
+  }
+
   collect() {
     return this.#enqueue('collect', () => []);
   }

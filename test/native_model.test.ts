@@ -128,6 +128,7 @@ test('both plans of the collection give the same bits and say what they take', a
   const starts = [];
   for (const plan of ['sample-major', 'layer-major'] as const) {
     await model.addLora({ rank: 4, scaling: 1, modules });
+    const planned = await model.planInitialization([batch(90), batch(70)], { ...loraDa, plan });
     const phases = new Map<string, [done: number, total: number]>();
     const report = await model.initialize([batch(90), batch(70)], { ...loraDa, plan }, (phase, done, total) => {
       assert.equal(done, (phases.get(phase)?.[0] ?? 0) + 1);
@@ -137,6 +138,7 @@ test('both plans of the collection give the same bits and say what they take', a
     for (const [done, total] of phases.values()) assert.equal(done, total);
     const { resident, statistics, streams, activations, workspace, total, budget } = report.collection!;
     assert.equal(report.collection!.plan, plan);
+    assert.equal(planned!.statistics, statistics);
     assert.equal(total, resident + statistics + streams + activations + workspace);
     assert.equal(streams > 0, plan === 'layer-major');
     assert.ok(budget > total);

@@ -1,13 +1,7 @@
 import { expected } from '../arguments';
 import { initSchema, parseOptions } from '../config';
 import { LoraDaError } from '../errors';
-import {
-  describeCollection,
-  type ModuleReport,
-  needsData,
-  phaseNames,
-  summarizeInitialization,
-} from '../initializations';
+import { describePlan, type ModuleReport, needsData, phaseNames, summarizeInitialization } from '../initializations';
 import { checkWritable, namesIn, runFiles } from '../run_folder';
 import type { CommandContext } from './context';
 import { flagOf } from './flags';
@@ -38,6 +32,7 @@ export async function init(given: Record<string, unknown>, context: CommandConte
       data,
       {
         signal: context.signal,
+        onPlan: (plan) => context.progress.line(describePlan(plan)),
         onProgress: (phase, done, total) => {
           if (done <= 1) context.progress.begin(phaseNames[phase], total);
           context.progress.update(done);
@@ -49,7 +44,6 @@ export async function init(given: Record<string, unknown>, context: CommandConte
     context.progress.end();
     if (collects) for (const line of table(report.modules)) context.print(line);
     context.print(summarizeInitialization(report));
-    if (report.collection) context.print(describeCollection(report.collection));
     context.print(`Adapter: ${config.out}`);
     return { ...report, out: config.out };
   });

@@ -3,6 +3,7 @@ import { resolveTrainConfig, type TrainConfig } from '../config';
 import type { Dataset } from '../dataset';
 import { LoraDaError } from '../errors';
 import {
+  describePlan,
   type InitializationOptions,
   keepFactors,
   needsData,
@@ -174,6 +175,7 @@ function followTrainer(trainer: Trainer, { progress }: CommandContext): void {
     progress.line(text);
     phase = '';
   };
+  trainer.on('initializationPlan', (plan) => line(describePlan(plan)));
   trainer.on('initializationProgress', ({ phase: part, done, total }) => {
     during(phaseNames[part], total);
     progress.update(done);
@@ -235,12 +237,14 @@ async function dryRun(
   { print }: CommandContext,
 ): Promise<RunEstimate> {
   const samples = needsData(config.init) ? config.samples : 0;
-  const estimate = await estimateRun(model, trainer, data, { samples, evalData });
+  const initialize = initializationOf(config, data);
+  const estimate = await estimateRun(model, trainer, data, { samples, initialize, evalData });
   const { memory, seconds } = estimate;
   const size = (bytes: number) => `${(bytes / 2 ** 20).toFixed(0)} MiB`;
   print(
     `Memory  ${size(memory.total)}: weights ${size(memory.weights)}, activations ${size(memory.activations)}, adapters ${size(memory.adapters)}, workspace ${size(memory.workspace)}`,
   );
+  if (memory.initialization) print(`Start   ${describePlan(memory.initialization)}`);
   print(
     `Time    ${formatDuration(seconds.total)}: initialization ${formatDuration(seconds.initialization)}, training ${formatDuration(seconds.training)}, evaluation ${formatDuration(seconds.evaluation)} (${Math.round(estimate.tokensPerSecond)} tokens/s in a short step)`,
   );

@@ -104,9 +104,10 @@ class Solver {
 };
 
 CollectionWork workOf(Decoder& model, const Initializer& method, const std::vector<TokenBatch>& batches) {
+  if (!model.lora()) throw Error(code::invalidArgument, "the model has no adapters to initialize");
   const LoraSet& lora = *model.lora();
   CollectionWork work;
-  work.batches = packLabelled(model, batches);
+  if (needsSamples(method.needs)) work.batches = packLabelled(model, batches);
   work.method = method;
   work.rank = lora.rank();
   for (size_t i = 0; i < lora.groups().size(); ++i) {
@@ -115,6 +116,11 @@ CollectionWork workOf(Decoder& model, const Initializer& method, const std::vect
     work.modules.push_back(group ? group->blocks.size() : 0);
   }
   return work;
+}
+
+std::optional<CollectionPlan> planOf(Decoder& model, const CollectionWork& work, const AdapterInitialization& initialization) {
+  if (!needsSamples(work.method.needs)) return std::nullopt;
+  return chooseCollectionPlan(model, work, initialization.collection);
 }
 
 // All modules at once. Without samples there is nothing to collect first.
@@ -175,18 +181,21 @@ Statistics collectStatistics(Decoder& model, const std::vector<TokenBatch>& batc
   return statistics;
 }
 
+std::optional<CollectionPlan> planInitialization(Decoder& model, const std::vector<TokenBatch>& batches,
+                                                 const AdapterInitialization& initialization) {
+  return planOf(model, workOf(model, findInitializer(initialization.method), batches), initialization);
+}
+
 AdapterInitializationResult initializeAdapters(Decoder& model, const std::vector<TokenBatch>& batches,
                                                const AdapterInitialization& initialization,
                                                const InitializationProgress& progress) {
   const Initializer& method = findInitializer(initialization.method);
-  if (!model.lora()) throw Error(code::invalidArgument, "the model has no adapters to initialize");
+  CollectionWork work = workOf(model, method, batches);
   AdapterInitializationResult result;
-  result.rank = model.lora()->rank();
-  const bool collecting = needsSamples(method.needs);
-  CollectionWork work = workOf(model, method, collecting ? batches : std::vector<TokenBatch>());
+  result.rank = work.rank;
+  result.plan = planOf(model, work, initialization);
   Solver solver(model, method, initialization);
-  if (collecting) result.plan = chooseCollectionPlan(model, work, initialization.collection);
-  if (collecting && result.plan->order == CollectionOrder::layerMajor) {
+  if (result.plan && result.plan->order == CollectionOrder::layerMajor) {
     runLayerMajor(model, work, initialization.tokenMask, solver, progress, result);
   } else {
     runSampleMajor(model, work, initialization.tokenMask, solver, progress, result);

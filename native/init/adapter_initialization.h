@@ -43,6 +43,10 @@ using InitializationProgress = std::function<void(InitializationPhase, int64_t, 
 Statistics collectStatistics(Decoder& model, const std::vector<TokenBatch>& batches, InitializerNeeds needs, TokenMask mask,
                              const InitializationProgress& progress);
 
+// The plan that initializeAdapters would follow; absent for a method without data. Throws as it does before it collects.
+std::optional<CollectionPlan> planInitialization(Decoder& model, const std::vector<TokenBatch>& batches,
+                                                 const AdapterInitialization& initialization);
+
 // Throws Error(notPositiveDefinite) naming the module, Error(invalidArgument) on samples without labels, Error(outOfMemory) where
 // no plan fits, before anything is collected. The factors change only
 // when all modules succeeded.
