@@ -1,5 +1,6 @@
 #include "fisher/layer_major.h"
 
+#include <algorithm>
 #include <string>
 
 namespace lora_da {
@@ -48,6 +49,9 @@ class Streams {
 // Layers first .. last-1, of which only the first keeps its input from the forward through the model.
 struct Segment {
   int64_t first, last;
+  bool atTop;  // the last layers: backward begins here, so that forward keeps all their inputs
+
+  bool madeAgain() const { return !atTop && last - first > 1; }
 };
 
 // From the last one down.
@@ -55,7 +59,8 @@ std::vector<Segment> segmentsOf(Decoder& model, const CollectionWork& work, int6
   std::vector<Segment> segments;
   const int64_t layers = model.spec().layers;
   for (int64_t first = work.lowestLayer(); first < layers; first += layersPerCheckpoint) {
-    segments.insert(segments.begin(), {first, std::min(first + layersPerCheckpoint, layers)});
+    const int64_t last = std::min(first + layersPerCheckpoint, layers);
+    segments.insert(segments.begin(), {first, last, last == layers});
   }
   return segments;
 }
@@ -80,7 +85,7 @@ void collectByLayer(Decoder& model, CollectionWork& work, TokenMask mask, int64_
   eachBatch([&](PackedBatch& batch, const ResidualStreams& of) { model.collectForward(batch, of); });
 
   for (const Segment& segment : segments) {
-    if (segment.last < model.spec().layers && segment.last - segment.first > 1) {
+    if (segment.madeAgain()) {
       for (int64_t layer = segment.first + 1; layer < segment.last; ++layer) streams.keep(layer);
       eachBatch([&](PackedBatch& batch, const ResidualStreams& of) {
         model.forwardLayers(batch, segment.first, segment.last - 1, of);
@@ -105,8 +110,7 @@ void collectByLayer(Decoder& model, CollectionWork& work, TokenMask mask, int64_
 int64_t layerMajorSteps(Decoder& model, const CollectionWork& work, int64_t layersPerCheckpoint) {
   int64_t passes = 1;
   for (const Segment& segment : segmentsOf(model, work, layersPerCheckpoint)) {
-    passes += segment.last - segment.first;
-    if (segment.last < model.spec().layers && segment.last - segment.first > 1) ++passes;
+    passes += segment.last - segment.first + (segment.madeAgain() ? 1 : 0);
   }
   return passes * static_cast<int64_t>(work.batches.size());
 }
