@@ -163,10 +163,21 @@ TokenMask toTokenMask(const std::string& name) {
   return name == "labels" ? TokenMask::labels : TokenMask::attention;
 }
 
+namespace {
+
+std::optional<CollectionOrder> toOrder(const std::string& plan) {
+  if (plan == nameOf(CollectionOrder::sampleMajor)) return CollectionOrder::sampleMajor;
+  if (plan == nameOf(CollectionOrder::layerMajor)) return CollectionOrder::layerMajor;
+  return std::nullopt;
+}
+
+}  // namespace
+
 AdapterInitialization toInitialization(const Napi::Object& object) {
   AdapterInitialization initialization;
   initialization.method = text(object, "method");
   initialization.tokenMask = toTokenMask(text(object, "tokenMask"));
+  initialization.collection = {toOrder(text(object, "plan")), static_cast<size_t>(number(object, "memoryBudget"))};
   InitializationOptions& options = initialization.options;
   options.damping = number(object, "damping");
   options.outputDamping = number(object, "outputDamping");
@@ -202,6 +213,21 @@ void fromFactors(Napi::Env env, Napi::Array& target, const std::vector<AdapterFa
   }
 }
 
+Napi::Value fromPlan(Napi::Env env, const std::optional<CollectionPlan>& found) {
+  if (!found) return env.Null();
+  const CollectionPlan& plan = *found;
+  auto object = Napi::Object::New(env);
+  object.Set("plan", nameOf(plan.order));
+  object.Set("layersPerCheckpoint", static_cast<double>(plan.layersPerCheckpoint));
+  const std::pair<const char*, size_t> sizes[] = {
+      {"resident", plan.resident},       {"statistics", plan.statistics}, {"streams", plan.streams},
+      {"activations", plan.activations}, {"workspace", plan.workspace},   {"total", plan.total()},
+      {"budget", plan.budget},
+  };
+  for (const auto& [name, bytes] : sizes) object.Set(name, static_cast<double>(bytes));
+  return object;
+}
+
 Napi::Value fromReport(Napi::Env env, const AdapterInitializationResult& result) {
   auto modules = Napi::Array::New(env, result.modules.size());
   for (uint32_t i = 0; i < result.modules.size(); ++i) {
@@ -219,6 +245,7 @@ Napi::Value fromReport(Napi::Env env, const AdapterInitializationResult& result)
   }
   auto object = Napi::Object::New(env);
   object.Set("modules", modules);
+  object.Set("collection", fromPlan(env, result.plan));
   object.Set("collectSeconds", result.collectSeconds);
   object.Set("solveSeconds", result.solveSeconds);
   return object;

@@ -36,6 +36,7 @@ struct FactorKeys {
 std::vector<AdapterFactors> toFactors(const Napi::Array& array, FactorKeys keys);
 void fromFactors(Napi::Env env, Napi::Array& target, const std::vector<AdapterFactors>& factors, FactorKeys keys);
 
+Napi::Value fromPlan(Napi::Env env, const std::optional<CollectionPlan>& plan);
 Napi::Value fromReport(Napi::Env env, const AdapterInitializationResult& result);
 
 template <class Array, class T>

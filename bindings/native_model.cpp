@@ -35,6 +35,7 @@ Napi::Function NativeModel::define(Napi::Env env) {
        InstanceMethod<&NativeModel::writeFactors>("writeFactors"), InstanceMethod<&NativeModel::readMoments>("readMoments"),
        InstanceMethod<&NativeModel::writeMoments>("writeMoments"), InstanceMethod<&NativeModel::trainStep>("trainStep"),
        InstanceMethod<&NativeModel::evaluate>("evaluate"), InstanceMethod<&NativeModel::logits>("logits"),
+       InstanceMethod<&NativeModel::planInitialization>("planInitialization"),
        InstanceMethod<&NativeModel::initialize>("initialize"), InstanceMethod<&NativeModel::collect>("collect"),
        InstanceMethod<&NativeModel::generate>("generate"), InstanceMethod<&NativeModel::mergedWeight>("mergedWeight"),
        InstanceMethod<&NativeModel::planMemory>("planMemory"), InstanceMethod<&NativeModel::profile>("profile"),
@@ -197,6 +198,13 @@ Napi::Value NativeModel::logits(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value NativeModel::planInitialization(const Napi::CallbackInfo& info) {
+  return queue(info, [batches = toBatches(info[0].As<Napi::Array>()),
+                      initialization = toInitialization(info[1].As<Napi::Object>())](Decoder& model) {
+    return [plan = lora_da::planInitialization(model, batches, initialization)](Napi::Env env) { return fromPlan(env, plan); };
+  });
+}
+
 Napi::Value NativeModel::initialize(const Napi::CallbackInfo& info) {
   return queue(info, info[2],
                [batches = toBatches(info[0].As<Napi::Array>()), initialization = toInitialization(info[1].As<Napi::Object>())](
@@ -204,8 +212,7 @@ Napi::Value NativeModel::initialize(const Napi::CallbackInfo& info) {
                  const auto progress = [&](InitializationPhase phase, int64_t done, int64_t total) {
                    if (model.cancelled.load()) throw Error(code::aborted, "the operation was aborted");
                    state.notify(call, [phase, done, total](Napi::Env env) -> std::vector<napi_value> {
-                     const char* name = phase == InitializationPhase::collect ? "collect" : "solve";
-                     return {Napi::String::New(env, name), toNumber(env, done), toNumber(env, total)};
+                     return {Napi::String::New(env, nameOf(phase)), toNumber(env, done), toNumber(env, total)};
                    });
                  };
                  return [result = initializeAdapters(model, batches, initialization, progress)](Napi::Env env) -> Napi::Value {
@@ -222,17 +229,22 @@ Napi::Value NativeModel::collect(const Napi::CallbackInfo& info) {
   };
   return queue(
       info, [batches = toBatches(info[0].As<Napi::Array>()), mask = toTokenMask(info[1].ToString().Utf8Value())](Decoder& model) {
-        const Statistics statistics = collectStatistics(model, batches, {true, true, true}, mask, [](auto...) {});
+        Statistics statistics = collectStatistics(model, batches, {true, true, true}, mask, [](auto...) {});
         std::vector<ModuleStatistics> modules;
         for (size_t i = 0; i < model.projections().size(); ++i) {
           if (model.lora() && !model.lora()->group(i)) continue;
-          const GroupStatistics group = statistics.read(i);
+          const GroupStatistics group = statistics.take(i);
           const Projection& projection = *model.projections()[i];
+          auto* moment = static_cast<double*>(group.inputMoment.get());
+          std::vector<double> inputMoment(static_cast<size_t>(projection.in * projection.in));
+          model.device().mirrorLower(moment, projection.in);
+          model.device().download(inputMoment.data(), moment, inputMoment.size() * sizeof(double));
+          model.device().synchronize();
           for (const ProjectionPart& part : projection.parts) {
             const auto rows = group.gradient.begin() + part.offset * projection.in;
             modules.push_back({part.module,
                                {rows, rows + part.out * projection.in},
-                               group.inputMoment,
+                               inputMoment,
                                {group.outputFactor.begin() + part.offset, group.outputFactor.begin() + part.offset + part.out}});
           }
         }

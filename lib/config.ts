@@ -21,6 +21,7 @@ const schedules = ['cosine', 'linear', 'constant'] as ['cosine', 'linear', 'cons
 const overlongRules = ['truncate', 'drop', 'error'] as ['truncate', 'drop', 'error'];
 const trainedParts = ['completion', 'assistant', 'all'] as ['completion', 'assistant', 'all'];
 const tokenMasks = ['attention', 'labels'] as ['attention', 'labels'];
+const collectionPlans = ['auto', 'sample-major', 'layer-major'] as ['auto', 'sample-major', 'layer-major'];
 const recomputeRules = ['none', 'layer'] as ['none', 'layer'];
 
 // Every field ends in describe(): what it expects, in the words of its error message.
@@ -64,6 +65,8 @@ const statisticsFields = {
   damping: z.number().min(0).default(1e-6).describe(nonNegativeNumber),
   outputDamping: z.number().min(0).optional().describe(nonNegativeNumber),
   normalizeDelta: z.boolean().default(true).describe('boolean'),
+  plan: oneOf(collectionPlans).default('auto').describe(listed(collectionPlans)),
+  memoryBudget: z.number().positive().optional().describe(positiveNumber),
 };
 
 const trainingFields = {

@@ -20,7 +20,14 @@ export type { LongCallOptions, LoraAdapter } from './lora_adapter';
 export { type EstimateOptions, estimateRun, type RunEstimate } from './memory';
 export type { MergeOptions } from './merge';
 export type { EvaluationMetrics, StepMetrics } from './metrics';
-export type { DecoderSpec, Dtype, NativeModelInfo } from './native';
+export type {
+  CollectionOrder,
+  CollectionPlan,
+  DecoderSpec,
+  Dtype,
+  InitializationPhase,
+  NativeModelInfo,
+} from './native';
 export { writeReport } from './report';
 export { learningRateAt, type Schedule } from './schedule';
 export { Tokenizer } from './tokenizer';

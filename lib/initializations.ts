@@ -1,6 +1,13 @@
 import { type InitializationConfig, initializationSchema, parseOptions } from './config';
 import { LoraDaError } from './errors';
-import { type NativeInitOptions, type NativeModuleReport, native } from './native';
+import {
+  type CollectionOrder,
+  type CollectionPlan,
+  type InitializationPhase,
+  type NativeInitOptions,
+  type NativeModuleReport,
+  native,
+} from './native';
 
 /**
  * How {@link LoraAdapter.initialize} starts the factors. The defaults are those of the LoRA-DA paper.
@@ -29,6 +36,14 @@ export interface InitializationOptions {
   outputDamping?: number;
   /** Divide Δ by its largest singular value (default true). */
   normalizeDelta?: boolean;
+  /**
+   * How the statistics are collected: `sample-major` (one pass over each batch, all modules at once), `layer-major` (all batches
+   * through one layer at a time: far less memory, about a third more time) or `auto` (default): the first that fits the budget.
+   * The factors are the same.
+   */
+  plan?: 'auto' | CollectionOrder;
+  /** Bytes that the process may hold in all, the model included; greater than 0 (default: what it holds and 80 % of what is free). */
+  memoryBudget?: number;
   /** Of the random starts; 0 or more (default 42). */
   seed?: number;
 }
@@ -60,6 +75,8 @@ export interface InitializationReport {
   /** Rows that were looked at; 0 for a method without data. */
   samples: number;
   modules: ModuleReport[];
+  /** How the statistics were collected, with the bytes that were planned for it; null for a method without data. */
+  collection: CollectionPlan | null;
   collectSeconds: number;
   solveSeconds: number;
 }
@@ -100,8 +117,22 @@ export function nativeInitialization(config: InitializationConfig, rows: number)
     damping: config.damping,
     outputDamping: config.outputDamping ?? config.damping,
     normalizeDelta: config.normalizeDelta,
+    plan: config.plan,
+    memoryBudget: config.memoryBudget ?? 0,
   };
 }
+
+/** What the factors depend on: how the memory is used does not change them. */
+export function factorOptions({ plan: _, memoryBudget: __, ...options }: InitializationConfig): object {
+  return options;
+}
+
+/** What progress says. */
+export const phaseNames: Record<InitializationPhase, string> = {
+  collect: 'collecting statistics',
+  solve: 'solving',
+  layers: 'collecting and solving layer by layer',
+};
 
 const finite = (value: number) => (Number.isFinite(value) ? value : null);
 
@@ -131,4 +162,19 @@ export function summarizeInitialization(report: InitializationReport): string {
   );
   const condition = worst ? `; largest cond(Zd) ${worst.conditionNumber!.toExponential(1)} at ${worst.module}` : '';
   return `${report.method}: ${report.modules.length} modules${rows} in ${seconds} s${condition}`;
+}
+
+/** One line: the plan of the collection and what it takes. */
+export function describePlan(collection: CollectionPlan): string {
+  const size = (bytes: number) => `${(bytes / 1e9).toFixed(2)} GB`;
+  const { plan, layersPerCheckpoint, resident, statistics, streams, activations, workspace, total } = collection;
+  const kept = layersPerCheckpoint > 1 ? `, the input of one layer in ${layersPerCheckpoint} kept` : '';
+  const parts = [
+    `model ${size(resident)}`,
+    `statistics ${size(statistics)}`,
+    ...(streams > 0 ? [`residual streams ${size(streams)}`] : []),
+    `activations ${size(activations)}`,
+    `workspace ${size(workspace)}`,
+  ];
+  return `Collection ${plan}${kept}; planned memory ${size(total)}: ${parts.join(', ')}`;
 }

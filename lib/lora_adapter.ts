@@ -2,6 +2,7 @@ import { dirname, resolve } from 'node:path';
 import { type AdapterContent, loraScaling, writeAdapterFolder } from './adapter_folder';
 import { checkAborted, expected } from './arguments';
 import type { CausalLM } from './causal_lm';
+import type { InitializationConfig } from './config';
 import type { Dataset } from './dataset';
 import { LoraDaError } from './errors';
 import {
@@ -15,7 +16,7 @@ import {
   resolveInitialization,
 } from './initializations';
 import { type MergeOptions, mergeCheckpoint } from './merge';
-import type { NativeBatch, NativeFactors, NativeMoments } from './native';
+import type { CollectionPlan, InitializationPhase, NativeBatch, NativeFactors, NativeMoments } from './native';
 import { firstRows, packRows } from './packing';
 import { makeFolder } from './run_folder';
 
@@ -35,7 +36,9 @@ export interface LoraAdapterParts {
 export interface LongCallOptions {
   signal?: AbortSignal;
   /** Phase by name, and how much of it is done. */
-  onProgress?: (phase: 'collect' | 'solve', done: number, total: number) => void;
+  onProgress?: (phase: InitializationPhase, done: number, total: number) => void;
+  /** How the statistics will be collected and what that takes, before it begins; not called by a method without data. */
+  onPlan?: (plan: CollectionPlan) => void;
 }
 
 /**
@@ -95,10 +98,11 @@ export class LoraAdapter {
    * @param options  method and its figures, see {@link InitializationOptions}; by default LoRA-DA as its paper sets it
    * @param data     examples of the target task, of which the first `samples` are used; not needed by methods without data
    * @param call.signal      stops it; the factors stay as they were
-   * @param call.onProgress  phase (`collect`, `solve`), done, total
+   * @param call.onPlan      called before the collection with its plan in bytes
+   * @param call.onProgress  phase (`collect`, then `solve`; or `layers`, both by turns), done, total
    * @returns per module cond(Zd), median(ydiag)/damping, σ and the gap after the r-th eigenvalue
    * @throws {LoraDaError} `NOT_POSITIVE_DEFINITE`, naming the module, when damping is too small for its statistics;
-   *   `INVALID_ARGUMENT`; `NON_FINITE`; `OUT_OF_MEMORY`; `ABORTED`
+   *   `INVALID_ARGUMENT`; `NON_FINITE`; `OUT_OF_MEMORY` where no plan fits the budget, before anything is collected; `ABORTED`
    *
    * @example
    * ```ts
@@ -111,9 +115,7 @@ export class LoraAdapter {
     data?: Dataset,
     call: LongCallOptions = {},
   ): Promise<InitializationReport> {
-    const config = resolveInitialization(options);
-    const collects = needsData(config.method);
-    if (collects && !data) throw expected(`data set for the method ${config.method}`, 'data', data);
+    const config = checkedInitialization(options, data);
     await this.#ready();
     checkAborted(call.signal);
     if (config.method === keepFactors && this.#origin === 'loaded') {
@@ -122,24 +124,43 @@ export class LoraAdapter {
         options: config,
         samples: 0,
         modules: [],
+        collection: null,
         collectSeconds: 0,
         solveSeconds: 0,
       });
     }
-    const method = config.method === keepFactors ? plainStart : config.method;
-    const samples = collects ? Math.min(config.samples, data!.length) : 0;
-    const batches: NativeBatch[] = [];
-    if (collects) for (const rows of packRows(data!, firstRows(samples))) batches.push(data!.batch(rows));
+    const { native } = this.#model;
+    const { method, samples, batches, nativeOptions } = initializationWork(config, data);
+    if (call.onPlan) {
+      const plan = await native.planInitialization(batches, nativeOptions);
+      if (plan) call.onPlan(plan);
+    }
     const found = await this.#stoppable(call.signal, () =>
-      this.#model.native.initialize(
-        batches,
-        { ...nativeInitialization(config, data?.length ?? 1), method },
-        call.onProgress ?? (() => {}),
-      ),
+      native.initialize(batches, nativeOptions, call.onProgress ?? (() => {})),
     );
-    const { collectSeconds, solveSeconds } = found;
-    const modules = found.modules.map((module) => moduleReport(module, collects));
-    return this.#report({ method, options: config, samples, modules, collectSeconds, solveSeconds });
+    const { collection, collectSeconds, solveSeconds } = found;
+    const modules = found.modules.map((module) => moduleReport(module, samples > 0));
+    return this.#report({ method, options: config, samples, modules, collection, collectSeconds, solveSeconds });
+  }
+
+  /**
+   * The plan that {@link initialize} would follow with these options and data: how the statistics will be collected, and the bytes
+   * that it takes. Nothing is collected.
+   *
+   * @returns null for a method that looks at no data
+   * @throws {LoraDaError} `OUT_OF_MEMORY` where no plan fits the budget; `INVALID_ARGUMENT`
+   *
+   * @example
+   * ```ts
+   * const plan = await adapter.planInitialization({ samples: 256, memoryBudget: 10e9 }, data);
+   * console.log(plan?.plan, plan?.total); // 'layer-major' 8830000000
+   * ```
+   */
+  async planInitialization(options: InitializationOptions = {}, data?: Dataset): Promise<CollectionPlan | null> {
+    const config = checkedInitialization(options, data);
+    await this.#ready();
+    const { batches, nativeOptions } = initializationWork(config, data);
+    return this.#model.native.planInitialization(batches, nativeOptions);
   }
 
   /**
@@ -234,4 +255,19 @@ export class LoraAdapter {
       signal?.removeEventListener('abort', cancel);
     }
   }
+}
+
+function checkedInitialization(options: InitializationOptions, data: Dataset | undefined): InitializationConfig {
+  const config = resolveInitialization(options);
+  if (needsData(config.method) && !data) throw expected(`data set for the method ${config.method}`, 'data', data);
+  return config;
+}
+
+/** What an initialization hands to the core. */
+function initializationWork(config: InitializationConfig, data: Dataset | undefined) {
+  const method = config.method === keepFactors ? plainStart : config.method;
+  const samples = needsData(method) ? Math.min(config.samples, data!.length) : 0;
+  const batches: NativeBatch[] = [];
+  if (samples > 0) for (const rows of packRows(data!, firstRows(samples))) batches.push(data!.batch(rows));
+  return { method, samples, batches, nativeOptions: { ...nativeInitialization(config, data?.length ?? 1), method } };
 }

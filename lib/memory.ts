@@ -1,6 +1,7 @@
 import type { CausalLM } from './causal_lm';
 import type { Dataset } from './dataset';
-import type { NativeBatch } from './native';
+import type { InitializationOptions } from './initializations';
+import type { CollectionPlan, NativeBatch } from './native';
 import type { Trainer } from './trainer';
 
 /** Tokens of the step that is timed. */
@@ -22,6 +23,8 @@ export interface RunEstimate {
     adapters: number;
     workspace: number;
     total: number;
+    /** What the start takes at its peak, the model included, in bytes; null where it looks at no data. */
+    initialization: CollectionPlan | null;
   };
   /** From a short step that was measured. */
   tokensPerSecond: number;
@@ -32,6 +35,8 @@ export interface RunEstimate {
 export interface EstimateOptions {
   /** Rows that the initialization looks at; 0 when it looks at none. */
   samples: number;
+  /** How the adapter will be started, for the plan of its memory. */
+  initialize: InitializationOptions;
   evalData?: Dataset;
 }
 
@@ -43,7 +48,8 @@ export interface EstimateOptions {
  *
  * @example
  * ```ts
- * const { memory, seconds } = await estimateRun(model, trainer, data, { samples: 256 });
+ * const initialize = { method: 'lora-da', samples: 256 };
+ * const { memory, seconds } = await estimateRun(model, trainer, data, { samples: 256, initialize });
  * ```
  */
 export async function estimateRun(
@@ -63,7 +69,11 @@ export async function estimateRun(
     sum(largest, (row) => data.labelTokens(row)),
   );
   const plan = await model.native.planMemory(tokens, labels, data.rowLength(largest[0]!), recompute);
-  const memory = { ...plan, total: plan.weights + plan.activations + plan.adapters + plan.workspace };
+  const memory = {
+    ...plan,
+    total: plan.weights + plan.activations + plan.adapters + plan.workspace,
+    initialization: (await model.adapter?.planInitialization(options.initialize, data)) ?? null,
+  };
 
   const tokensPerSecond = await measureStep(model, trainer, data);
   const perRow = data.tokens / data.length;

@@ -170,6 +170,32 @@ export interface NativeInitOptions {
   damping: number;
   outputDamping: number;
   normalizeDelta: boolean;
+  plan: 'auto' | CollectionOrder;
+  /** Bytes that the process may hold in all; 0: decide by what is free. */
+  memoryBudget: number;
+}
+
+/** One pass over each batch with the statistics of all modules at once, or all batches through one layer at a time. */
+export type CollectionOrder = 'sample-major' | 'layer-major';
+
+/** What an initialization does by turns: both in one, counted together, in layer-major order. */
+export type InitializationPhase = 'collect' | 'solve' | 'layers';
+
+/** The memory plan that an initialization followed, in bytes, each part at its largest. */
+export interface CollectionPlan {
+  plan: CollectionOrder;
+  /** Layer-major: every n-th layer's input is kept from the first forward pass, the others are made again; 1: all are kept. */
+  layersPerCheckpoint: number;
+  /** The process with the model before the initialization. */
+  resident: number;
+  statistics: number;
+  /** Residual streams of all batches, in layer-major order. */
+  streams: number;
+  activations: number;
+  workspace: number;
+  total: number;
+  /** What the plan was chosen for. */
+  budget: number;
 }
 
 /** What the initialization found for one module. Figures that a method does not compute are NaN. */
@@ -192,6 +218,8 @@ export interface NativeModuleReport {
 
 export interface NativeInitResult {
   modules: NativeModuleReport[];
+  /** Null for a method that looks at no data. */
+  collection: CollectionPlan | null;
   collectSeconds: number;
   solveSeconds: number;
 }
@@ -244,11 +272,13 @@ export interface NativeModel {
   evaluate(batch: NativeBatch): Promise<NativeEvaluation>;
   /** Logits of every token, [tokens, vocabSize] row-major. For tests and verification: large. */
   logits(batch: NativeBatch): Promise<Float32Array>;
+  /** The plan that {@link initialize} would follow, before anything is allocated; null for a method without data. */
+  planInitialization(batches: NativeBatch[], options: NativeInitOptions): Promise<CollectionPlan | null>;
   /** Collects what the method needs over the batches, computes the factors of every adapted module and sets them. */
   initialize(
     batches: NativeBatch[],
     options: NativeInitOptions,
-    onProgress: (phase: 'collect' | 'solve', done: number, total: number) => void,
+    onProgress: (phase: InitializationPhase, done: number, total: number) => void,
   ): Promise<NativeInitResult>;
   /** Statistics of one pass, for tests: per adapted module gradient [out, in], inputMoment [in, in], outputFactor [out]. */
   collect(

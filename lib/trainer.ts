@@ -6,10 +6,15 @@ import { parseOptions, type TrainingConfig, trainingSchema } from './config';
 import type { Dataset } from './dataset';
 import { LoraDaError } from './errors';
 import { writeFileAtomically } from './files';
-import { type InitializationOptions, type InitializationReport, resolveInitialization } from './initializations';
+import {
+  factorOptions,
+  type InitializationOptions,
+  type InitializationReport,
+  resolveInitialization,
+} from './initializations';
 import type { LoraAdapter } from './lora_adapter';
 import { type EvaluationMetrics, JsonLines, type StepMetrics } from './metrics';
-import type { NativeFactors, NativeStepResult } from './native';
+import type { CollectionPlan, InitializationPhase, NativeFactors, NativeStepResult } from './native';
 import { writeReport } from './report';
 import { checkRunFolder, makeFolder, removeLeftovers, runFiles } from './run_folder';
 import { Sampler } from './sampler';
@@ -89,7 +94,8 @@ export interface EvaluationEvent extends EvaluationMetrics {
 export interface TrainerEvents {
   /** Before the first step: where the run starts, after a resume not at 0. */
   start: [{ step: number; totalSteps: number; resumed: boolean }];
-  initializationProgress: [{ phase: 'collect' | 'solve'; done: number; total: number }];
+  initializationPlan: [CollectionPlan];
+  initializationProgress: [{ phase: InitializationPhase; done: number; total: number }];
   initialization: [InitializationReport];
   step: [StepEvent];
   evaluationProgress: [{ done: number; total: number }];
@@ -303,6 +309,7 @@ class Run {
       const { signal, trainer } = this;
       const report = await this.adapter.initialize(initialize, data, {
         signal,
+        onPlan: (plan) => trainer.emit('initializationPlan', plan),
         onProgress: (phase, done, total) => trainer.emit('initializationProgress', { phase, done, total }),
       });
       trainer.emit('initialization', report);
@@ -599,7 +606,7 @@ class Run {
         shuffle: training.shuffle,
         evalSteps: evalData ? this.evalSteps : null,
         earlyStop: training.earlyStop ?? null,
-        init: init ?? null,
+        init: init ? factorOptions(init) : null,
       },
       lastBits: { device: info.device, threads: info.threads },
     };

@@ -69,6 +69,16 @@ const wrongUsage: [name: string, args: string[], message: RegExp][] = [
     /"lora-xy"/,
   ],
   [
+    'an unknown plan of the collection',
+    ['init', '--model', 'm', '--data', 'd', '--out', 'o', '--plan', 'module-major'],
+    /one of auto, sample-major, layer-major for --plan but received "module-major"/,
+  ],
+  [
+    'a memory budget that is no size',
+    ['train', '--model', 'm', '--data', 'd', '--out', 'o', '--memory-budget', '0'],
+    /number greater than 0 for --memory-budget but received "0"/,
+  ],
+  [
     'no text to go on from',
     ['generate', '--model', 'm'],
     /--prompt, --messages, --raw and --input-ids but received none/,
@@ -181,12 +191,13 @@ test('train --dry-run tells memory and time and writes nothing', async () => {
   const result = await runCli(['train', '--model', model, '--data', data, '--out', out, '--dry-run', '--json']);
   assert.equal(result.code, 0, result.stderr);
   const { memory, seconds, steps } = jsonOf(result) as {
-    memory: Record<string, number>;
+    memory: Record<string, number> & { initialization: unknown };
     seconds: Record<string, number>;
     steps: number;
   };
   assert.equal(steps, 3);
   assert.equal(memory.total, memory.weights! + memory.activations! + memory.adapters! + memory.workspace!);
+  assert.equal((memory.initialization as { plan: string }).plan, 'sample-major');
   assert.ok(seconds.total! > 0);
   assert.ok(!existsSync(out));
 });
@@ -219,8 +230,14 @@ test('init --json reports every module', async () => {
     '--json',
   ]);
   assert.equal(result.code, 0, result.stderr);
-  const { method, samples, modules } = jsonOf(result) as { method: string; samples: number; modules: object[] };
-  assert.deepEqual([method, samples, modules.length], ['lora-da', 3, 14]);
+  const { method, samples, modules, collection } = jsonOf(result) as {
+    method: string;
+    samples: number;
+    modules: object[];
+    collection: { plan: string; total: number };
+  };
+  assert.deepEqual([method, samples, modules.length, collection.plan], ['lora-da', 3, 14, 'sample-major']);
+  assert.ok(collection.total > 0);
   assert.deepEqual(Object.keys(modules[0]!), [
     'module',
     'rank',

@@ -43,6 +43,18 @@ function rowsOf(batch: NativeBatch): { ids: Int32Array; labelTokens: number }[] 
   });
 }
 
+const fakePlan = {
+  plan: 'sample-major' as const,
+  layersPerCheckpoint: 1,
+  resident: 5000,
+  statistics: 300,
+  streams: 0,
+  activations: 200,
+  workspace: 100,
+  total: 5600,
+  budget: 1e9,
+};
+
 export class FakeModel implements NativeModel {
   readonly info;
   readonly calls: string[] = [];
@@ -216,8 +228,12 @@ export class FakeModel implements NativeModel {
         relativeGap: dataAware ? 0.05 : Number.NaN,
         eigenvalues: Float64Array.from(dataAware ? [-1, 0.5] : []),
       }));
-      return { modules, collectSeconds: 0.5, solveSeconds: 0.25 };
+      return { modules, collection: dataAware ? fakePlan : null, collectSeconds: 0.5, solveSeconds: 0.25 };
     });
+  }
+
+  planInitialization(...[, { method }]: Parameters<NativeModel['planInitialization']>) {
+    return this.#enqueue('planInitialization', () => (method === 'lora-da' ? fakePlan : null));
   }
 
   collect() {

@@ -131,23 +131,63 @@ test('a tiny topP is greedy at any temperature', async () => {
   await model.dispose();
 });
 
+const loraDa = {
+  method: 'lora-da',
+  seed: 5,
+  tokenMask: 'attention' as const,
+  population: 100,
+  varianceWeight: 0.03,
+  biasWeight: 1,
+  gamma: 1024,
+  damping: 1e-3,
+  outputDamping: 1e-3,
+  normalizeDelta: true,
+  plan: 'auto' as const,
+  memoryBudget: 0,
+};
+
+test('both plans of the collection give the same bits and say what they take', async () => {
+  const { model, modules } = await load();
+  const starts = [];
+  for (const plan of ['sample-major', 'layer-major'] as const) {
+    await model.addLora({ rank: 4, scaling: 1, modules });
+    const planned = await model.planInitialization([batch(90), batch(70)], { ...loraDa, plan });
+    const phases = new Map<string, [done: number, total: number]>();
+    const report = await model.initialize([batch(90), batch(70)], { ...loraDa, plan }, (phase, done, total) => {
+      assert.equal(done, (phases.get(phase)?.[0] ?? 0) + 1);
+      phases.set(phase, [done, total]);
+    });
+    assert.deepEqual([...phases.keys()], plan === 'layer-major' ? ['layers'] : ['collect', 'solve']);
+    for (const [done, total] of phases.values()) assert.equal(done, total);
+    const { resident, statistics, streams, activations, workspace, total, budget } = report.collection!;
+    assert.equal(report.collection!.plan, plan);
+    assert.equal(planned!.statistics, statistics);
+    assert.equal(total, resident + statistics + streams + activations + workspace);
+    assert.equal(streams > 0, plan === 'layer-major');
+    assert.ok(budget > total);
+    starts.push(await model.readFactors());
+  }
+  assert.deepEqual(starts[0], starts[1]);
+  await model.dispose();
+});
+
+test('an initialization over its memory budget is refused, and the model goes on', async () => {
+  const { model, modules } = await load();
+  await model.addLora({ rank: 4, scaling: 1, modules });
+  const started = model.initialize([batch(90)], { ...loraDa, memoryBudget: 1e6 }, () => {});
+  await assert.rejects(started, {
+    code: 'OUT_OF_MEMORY',
+    message: /1 samples .* the memory budget is 0\.00 GB; fewer samples/,
+  });
+  assert.ok((await model.trainStep([batch(64)], step)).loss > 0);
+  await model.dispose();
+});
+
 test('a step has the same bits each time', async () => {
   const run = async () => {
     const { model, modules } = await load();
     await model.addLora({ rank: 4, scaling: 1, modules });
-    const initialization = {
-      method: 'gaussian',
-      seed: 5,
-      tokenMask: 'attention' as const,
-      population: 1,
-      varianceWeight: 0,
-      biasWeight: 1,
-      gamma: 1,
-      damping: 1e-6,
-      outputDamping: 1e-6,
-      normalizeDelta: true,
-    };
-    await model.initialize([], initialization, () => {});
+    await model.initialize([], { ...loraDa, method: 'gaussian' }, () => {});
     for (let n = 1; n <= 3; n++) await model.trainStep([batch(300), batch(77)], { ...step, step: n });
     const factors = await model.readFactors();
     await model.dispose();

@@ -73,50 +73,55 @@ for (const name of folders) {
       });
     }
 
-    test('LoRA-DA starts are those of the float64 implementation', async () => {
-      const { model, spec, rows, expected, tensors, batch } = await reference;
-      const modules = allModules(spec);
-      for (const [label, options] of Object.entries(expected.loraDa)) {
-        await model.addLora({ rank: options.rank, scaling: 8 / Math.sqrt(options.rank), modules });
-        const damping = options.damping ?? 1e-6;
-        const { modules: reports } = await model.initialize(
-          [batch(rows.slice(0, 9)), batch(rows.slice(9))],
-          {
-            method: 'lora-da',
-            seed: 1,
-            tokenMask: options.tokenMask,
-            population: options.population,
-            varianceWeight: options.variance_weight,
-            biasWeight: options.bias_weight ?? 1,
-            gamma: options.gamma,
-            damping,
-            outputDamping: damping,
-            normalizeDelta: options.normalize_delta ?? true,
-          },
-          () => {},
-        );
-        assert.deepEqual(
-          reports.map((report) => report.module),
-          modules,
-        );
-        for (const { module, a, b } of await model.readFactors()) {
-          const facts = options.modules[module]!;
-          const expectedA = tensors.get(`lora-da.${label}.${module}.lora_A`);
-          const expectedB = tensors.get(`lora-da.${label}.${module}.lora_B`);
-          // The harsh folder says how far float32 statistics alone move the result; five times that is allowed where it is more than 1e-3.
-          const productLimit = Math.max(1e-3, 5 * (facts.float32ProductError ?? 0));
-          const angleLimit = Math.max(1e-3, 5 * (facts.float32Angle ?? 0));
-          const product = relativeError(
-            matrixProduct(b, a, options.rank),
-            matrixProduct(expectedB, expectedA, options.rank),
+    const plans = ['sample-major', 'layer-major'] as const;
+    for (const plan of plans)
+      test(`LoRA-DA starts are those of the float64 implementation (${plan})`, async () => {
+        const { model, spec, rows, expected, tensors, batch } = await reference;
+        const modules = allModules(spec);
+        for (const [label, options] of Object.entries(expected.loraDa)) {
+          await model.addLora({ rank: options.rank, scaling: 8 / Math.sqrt(options.rank), modules });
+          const damping = options.damping ?? 1e-6;
+          const { modules: reports, collection } = await model.initialize(
+            [batch(rows.slice(0, 9)), batch(rows.slice(9))],
+            {
+              method: 'lora-da',
+              seed: 1,
+              tokenMask: options.tokenMask,
+              population: options.population,
+              varianceWeight: options.variance_weight,
+              biasWeight: options.bias_weight ?? 1,
+              gamma: options.gamma,
+              damping,
+              outputDamping: damping,
+              normalizeDelta: options.normalize_delta ?? true,
+              plan,
+              memoryBudget: 0,
+            },
+            () => {},
           );
-          assert.ok(product < productLimit, `${label} ${module}: B·A is off by ${product}`);
-          if (facts.relativeGap < 1e-3 && facts.float32Angle === undefined) continue;
-          const angle = rowSpaceAngle(a, expectedA, options.rank);
-          assert.ok(angle < angleLimit, `${label} ${module}: the row space is turned by ${angle}`);
+          assert.deepEqual(
+            reports.map((report) => report.module),
+            modules,
+          );
+          assert.equal(collection!.plan, plan);
+          for (const { module, a, b } of await model.readFactors()) {
+            const facts = options.modules[module]!;
+            const expectedA = tensors.get(`lora-da.${label}.${module}.lora_A`);
+            const expectedB = tensors.get(`lora-da.${label}.${module}.lora_B`);
+            // The harsh folder says how far float32 statistics alone move the result; five times that is allowed where it is more than 1e-3.
+            const productLimit = Math.max(1e-3, 5 * (facts.float32ProductError ?? 0));
+            const angleLimit = Math.max(1e-3, 5 * (facts.float32Angle ?? 0));
+            const product = relativeError(
+              matrixProduct(b, a, options.rank),
+              matrixProduct(expectedB, expectedA, options.rank),
+            );
+            assert.ok(product < productLimit, `${label} ${module}: B·A is off by ${product}`);
+            if (facts.relativeGap < 1e-3 && facts.float32Angle === undefined) continue;
+            const angle = rowSpaceAngle(a, expectedA, options.rank);
+            assert.ok(angle < angleLimit, `${label} ${module}: the row space is turned by ${angle}`);
+          }
         }
-      }
-    });
+      });
 
     for (const label of ['rslora', 'plain-decay'] as const) {
       // With outliers, float32 itself diverges: an error of 1e-7 in the first step grows about fivefold a step.

@@ -1,8 +1,9 @@
 import { type Command, Option } from 'commander';
 
 /** How a flag's text becomes a value; what is no number stays text, for the schema to refuse by name. */
-const parsers: Record<'number' | 'text' | 'modules' | 'ids', (text: string) => unknown> = {
+const parsers: Record<'number' | 'gigabytes' | 'text' | 'modules' | 'ids', (text: string) => unknown> = {
   number: (text: string) => (text.trim() !== '' && Number.isFinite(Number(text)) ? Number(text) : text),
+  gigabytes: (text: string) => (Number(text) > 0 && Number.isFinite(Number(text)) ? Number(text) * 1e9 : text),
   text: (text: string) => text,
   modules: (text: string) => (text === 'all-linear' ? text : names(text)),
   ids: (text: string) => names(text).map((id) => parsers.number(id)),
@@ -60,6 +61,8 @@ const statistics: Flag[] = [
   ['--output-damping <x>', 'added to ydiag (default: damping)', 'number'],
   ['--normalize-delta', 'divide Δ by its largest singular value (default)'],
   ['--no-normalize-delta', 'leave Δ as it is'],
+  ['--plan <order>', 'of its collection: auto, sample-major or layer-major (default auto: by memory)'],
+  ['--memory-budget <gb>', 'GB that the process may hold meanwhile (default: 80 % of what is free)', 'gigabytes'],
 ];
 
 const seed: Flag[] = [['--seed <n>', 'of everything random (default 42)', 'number']];

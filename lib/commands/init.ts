@@ -1,7 +1,7 @@
 import { expected } from '../arguments';
 import { initSchema, parseOptions } from '../config';
 import { LoraDaError } from '../errors';
-import { type ModuleReport, needsData, summarizeInitialization } from '../initializations';
+import { describePlan, type ModuleReport, needsData, phaseNames, summarizeInitialization } from '../initializations';
 import { checkWritable, namesIn, runFiles } from '../run_folder';
 import type { CommandContext } from './context';
 import { flagOf } from './flags';
@@ -17,7 +17,7 @@ export async function init(given: Record<string, unknown>, context: CommandConte
   }
   await checkWritable(config.out);
   const { rank, alpha, rslora, targetModules, samples, tokenMask, population, varianceWeight, biasWeight } = config;
-  const { gamma, damping, outputDamping, normalizeDelta, seed } = config;
+  const { gamma, damping, outputDamping, normalizeDelta, plan, memoryBudget, seed } = config;
   return withModel(config, context, async (model) => {
     const adapter = model.addLora({ rank, alpha, rslora, targetModules });
     // With N given, the rows after the first `samples` do not matter.
@@ -27,13 +27,14 @@ export async function init(given: Record<string, unknown>, context: CommandConte
       {
         method: config.init,
         ...{ samples, tokenMask, population, varianceWeight, biasWeight },
-        ...{ gamma, damping, outputDamping, normalizeDelta, seed },
+        ...{ gamma, damping, outputDamping, normalizeDelta, plan, memoryBudget, seed },
       },
       data,
       {
         signal: context.signal,
+        onPlan: (plan) => context.progress.line(describePlan(plan)),
         onProgress: (phase, done, total) => {
-          if (done <= 1) context.progress.begin(phase === 'collect' ? 'collecting statistics' : 'solving', total);
+          if (done <= 1) context.progress.begin(phaseNames[phase], total);
           context.progress.update(done);
         },
       },

@@ -2,7 +2,14 @@ import type { CausalLM } from '../causal_lm';
 import { resolveTrainConfig, type TrainConfig } from '../config';
 import type { Dataset } from '../dataset';
 import { LoraDaError } from '../errors';
-import { type InitializationOptions, keepFactors, needsData, summarizeInitialization } from '../initializations';
+import {
+  describePlan,
+  type InitializationOptions,
+  keepFactors,
+  needsData,
+  phaseNames,
+  summarizeInitialization,
+} from '../initializations';
 import type { LoraAdapter } from '../lora_adapter';
 import { estimateRun, type RunEstimate } from '../memory';
 import { formatDuration } from '../progress';
@@ -112,6 +119,8 @@ function initializationOf(config: Config, data: Dataset): InitializationOptions 
     'gamma',
     'damping',
     'normalizeDelta',
+    'plan',
+    'memoryBudget',
   ]);
   return {
     method: config.init,
@@ -149,7 +158,7 @@ async function runTrainer(trainer: Trainer, context: CommandContext): Promise<ob
   return {
     ...rest,
     initialization: initialization && {
-      ...pick(initialization, ['method', 'samples', 'collectSeconds', 'solveSeconds']),
+      ...pick(initialization, ['method', 'samples', 'collection', 'collectSeconds', 'solveSeconds']),
       modules: initialization.modules.length,
     },
   };
@@ -166,8 +175,9 @@ function followTrainer(trainer: Trainer, { progress }: CommandContext): void {
     progress.line(text);
     phase = '';
   };
+  trainer.on('initializationPlan', (plan) => line(describePlan(plan)));
   trainer.on('initializationProgress', ({ phase: part, done, total }) => {
-    during(part === 'collect' ? 'collecting statistics' : 'solving', total);
+    during(phaseNames[part], total);
     progress.update(done);
   });
   trainer.on('initialization', (report) => line(`Initialization: ${summarizeInitialization(report)}`));
@@ -227,12 +237,14 @@ async function dryRun(
   { print }: CommandContext,
 ): Promise<RunEstimate> {
   const samples = needsData(config.init) ? config.samples : 0;
-  const estimate = await estimateRun(model, trainer, data, { samples, evalData });
+  const initialize = initializationOf(config, data);
+  const estimate = await estimateRun(model, trainer, data, { samples, initialize, evalData });
   const { memory, seconds } = estimate;
   const size = (bytes: number) => `${(bytes / 2 ** 20).toFixed(0)} MiB`;
   print(
     `Memory  ${size(memory.total)}: weights ${size(memory.weights)}, activations ${size(memory.activations)}, adapters ${size(memory.adapters)}, workspace ${size(memory.workspace)}`,
   );
+  if (memory.initialization) print(`Start   ${describePlan(memory.initialization)}`);
   print(
     `Time    ${formatDuration(seconds.total)}: initialization ${formatDuration(seconds.initialization)}, training ${formatDuration(seconds.training)}, evaluation ${formatDuration(seconds.evaluation)} (${Math.round(estimate.tokensPerSecond)} tokens/s in a short step)`,
   );

@@ -225,6 +225,8 @@ class Device {
   virtual void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) = 0;
   // a [n, n], holding a factor, becomes the full symmetric inverse (L L^T)^-1.
   virtual void choleskyInverse(double* a, int64_t n) = 0;
+  // The upper triangle of a [n, n] becomes the mirror image of the lower one.
+  virtual void mirrorLower(double* a, int64_t n) = 0;
   // c [n, n] = alpha a a^T (+ beta c), a [n, m]; both triangles.
   virtual void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) = 0;
   // The `count` smallest eigenpairs of the symmetric a [n, n] (destroyed): values [count] ascending, vectors [count, n], a row

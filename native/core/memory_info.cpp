@@ -1,5 +1,7 @@
 #include "core/memory_info.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <fstream>
 #include <string>
@@ -31,6 +33,12 @@ size_t availableMemory() {
     available = std::min(available, limit > used ? limit - used : 0);
   }
   return available;
+}
+
+size_t residentMemory() {
+  std::ifstream file("/proc/self/statm");
+  size_t total = 0, resident = 0;
+  return file >> total >> resident ? resident * static_cast<size_t>(sysconf(_SC_PAGESIZE)) : 0;
 }
 
 }  // namespace lora_da

@@ -248,6 +248,11 @@ void ProfiledDevice::choleskyInverse(double* a, int64_t n) {
   timed("choleskyInverse " + std::to_string(n), {2 * cube(n) / 3, 0}, [&] { device_->choleskyInverse(a, n); });
 }
 
+void ProfiledDevice::mirrorLower(double* a, int64_t n) {
+  timed("mirrorLower " + std::to_string(n), {0, static_cast<double>(n * n) * sizeof(double)},
+        [&] { device_->mirrorLower(a, n); });
+}
+
 void ProfiledDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) {
   timed("symmetricProduct " + shape(n, m), {product(n, n, m) / 2, 0},
         [&] { device_->symmetricProduct(a, n, m, alpha, beta, c); });

@@ -82,6 +82,7 @@ class CpuDevice : public Device {
   int64_t choleskyFactor(double* a, int64_t n) override;
   void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) override;
   void choleskyInverse(double* a, int64_t n) override;
+  void mirrorLower(double* a, int64_t n) override;
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
 

@@ -28,21 +28,6 @@ void lapackSucceeded(int info, const char* routine) {
   if (info != 0) throw Error(code::internal, std::string("LAPACK's ") + routine + " failed with info " + std::to_string(info));
 }
 
-// The upper triangle of a [n, n] becomes the mirror image of the lower one.
-void mirrorLower(double* a, int64_t n, int threads) {
-  const int64_t blocks = (n + kMirrorBlock - 1) / kMirrorBlock;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = block * kMirrorBlock, last = std::min(n, first + kMirrorBlock);
-    for (int64_t column = 0; column <= first; column += kMirrorBlock) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t end = std::min(i, column + kMirrorBlock);
-        for (int64_t j = column; j < end; ++j) a[j * n + i] = a[i * n + j];
-      }
-    }
-  }
-}
-
 // LAPACK's factorizations and reductions meet at a barrier several times a column or block. Below this order two threads gain at
 // most a third of the time while they have the cores to themselves, and lose a factor of six and more when they do not: a
 // reduction of order 1536 took 0.2 s on one thread and 1.2 s on two of a busy machine, a Cholesky inverse 0.1 s and 0.2 to 3 s.
@@ -131,13 +116,27 @@ void CpuDevice::choleskyInverse(double* a, int64_t n) {
     dpotri_("U", &order, a, &order, &info, 1);
     lapackSucceeded(info, "dpotri");
   }
-  mirrorLower(a, n, threads_);
+  mirrorLower(a, n);
+}
+
+void CpuDevice::mirrorLower(double* a, int64_t n) {
+  const int64_t blocks = (n + kMirrorBlock - 1) / kMirrorBlock;
+#pragma omp parallel for schedule(dynamic) num_threads(threads_)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * kMirrorBlock, last = std::min(n, first + kMirrorBlock);
+    for (int64_t column = 0; column <= first; column += kMirrorBlock) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t end = std::min(i, column + kMirrorBlock);
+        for (int64_t j = column; j < end; ++j) a[j * n + i] = a[i * n + j];
+      }
+    }
+  }
 }
 
 void CpuDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) {
   const int order = static_cast<int>(n), inner = static_cast<int>(m);
   cblas_dsyrk(CblasRowMajor, CblasLower, CblasNoTrans, order, inner, alpha, a, inner, beta, c, order);
-  mirrorLower(c, n, threads_);
+  mirrorLower(c, n);
 }
 
 // Householder reduction to tridiagonal form, the wanted eigenpairs of that, and back.

@@ -11,12 +11,17 @@ Buffer zeroed(Device& device, int64_t count, size_t elementBytes, const std::str
   return buffer;
 }
 
+double meanFactor(int64_t count) {
+  return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
+}
+
 template <class T>
-std::vector<T> readMean(Device& device, const Buffer& sums, int64_t count, int64_t divisor) {
+std::vector<T> takeMean(Device& device, Buffer& sums, int64_t count, int64_t divisor) {
   std::vector<T> values(static_cast<size_t>(count));
   device.download(values.data(), sums.get(), values.size() * sizeof(T));
   device.synchronize();
-  const double factor = divisor > 0 ? 1.0 / static_cast<double>(divisor) : 0.0;
+  sums.reset();
+  const double factor = meanFactor(divisor);
   for (T& value : values) value = static_cast<T>(static_cast<double>(value) * factor);
   return values;
 }
@@ -76,19 +81,22 @@ void Statistics::observe(size_t group, const Matrix& x, const Matrix& dy) {
   }
 }
 
-GroupStatistics Statistics::read(size_t index) const {
+GroupStatistics Statistics::take(size_t index) {
   const Projection& group = *projections_[index];
-  const Sums& sums = sums_[index];
+  Sums& sums = sums_[index];
   GroupStatistics result;
-  if (sums.gradient) result.gradient = readMean<float>(device_, sums.gradient, group.out * group.in, samples_);
-  if (sums.outputFactor) result.outputFactor = readMean<double>(device_, sums.outputFactor, group.out, maskedTokens_);
+  if (sums.gradient) result.gradient = takeMean<float>(device_, sums.gradient, group.out * group.in, samples_);
+  if (sums.outputFactor) result.outputFactor = takeMean<double>(device_, sums.outputFactor, group.out, maskedTokens_);
   if (sums.inputMoment) {
-    result.inputMoment = readMean<double>(device_, sums.inputMoment, group.in * group.in, maskedTokens_);
-    for (int64_t i = 0; i < group.in; ++i) {
-      for (int64_t j = 0; j < i; ++j) {
-        result.inputMoment[static_cast<size_t>(j * group.in + i)] = result.inputMoment[static_cast<size_t>(i * group.in + j)];
-      }
-    }
+    const double factor = meanFactor(maskedTokens_);
+    PanelCopier(device_).transform(static_cast<double*>(sums.inputMoment.get()), group.in, group.in,
+                                   [&](int64_t first, int64_t last, double* panel) {
+                                     for (int64_t i = first; i < last; ++i) {
+                                       double* row = panel + (i - first) * group.in;
+                                       for (int64_t j = 0; j <= i; ++j) row[j] *= factor;
+                                     }
+                                   });
+    result.inputMoment = std::move(sums.inputMoment);
   }
   return result;
 }

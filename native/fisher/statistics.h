@@ -16,10 +16,10 @@ namespace lora_da {
 // Which tokens Z and ydiag are averaged over; G always takes all.
 enum class TokenMask { attention, labels };
 
-// One group's statistics on the host.
+// One group's statistics: on the host, but for the largest.
 struct GroupStatistics {
   std::vector<float> gradient;       // [out, in], mean over samples; the rows of a module are those of its columns in the group
-  std::vector<double> inputMoment;   // [in, in], mean over masked tokens; both triangles
+  Buffer inputMoment;                // [in, in] float64 on the device, mean over masked tokens; the lower triangle
   std::vector<double> outputFactor;  // [out], mean over masked tokens
 };
 
@@ -35,7 +35,8 @@ class Statistics : public ProjectionObserver {
   void beginBatch(const PackedBatch& batch);
   void observe(size_t group, const Matrix& x, const Matrix& dy) override;
 
-  GroupStatistics read(size_t group) const;
+  // Means instead of sums; the group's sums are freed or handed over, so that it can be taken once.
+  GroupStatistics take(size_t group);
   int64_t samples() const { return samples_; }
 
  private:

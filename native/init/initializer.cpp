@@ -8,7 +8,7 @@ namespace lora_da {
 
 const std::vector<Initializer>& initializers() {
   static const std::vector<Initializer> table = {
-      {"lora-da", {true, true, true}, initializeLoraDa},
+      {"lora-da", {true, true, true}, initializeLoraDa, loraDaWorkspaceBytes},
       {"kaiming", {}, initializeKaiming},
       {"gaussian", {}, initializeGaussian},
       {"orthogonal", {}, initializeOrthogonal},

@@ -3,10 +3,11 @@
 //
 // A caller walks the groups of modules that read the same input:
 //   InitializationWorkspace workspace(device);   InputMoment moment;
-//   per group:   moment.reset(z, in, name);      (where the row needs the input moment)
+//   per group:   moment.reset(z, in, modules, name);      (where the row needs the input moment)
 //   per module:  row.initialize(input, workspace, factors, report);
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -50,13 +51,12 @@ struct Factors {
 struct ModuleReport {
   static constexpr double notComputed = std::numeric_limits<double>::quiet_NaN();
   std::string module;
-  double conditionNumber = notComputed;  // of Zd = Z + damping I, estimated from below, usually within a few per cent
-  double medianOutputOverDamping =
-      notComputed;                   // median(ydiag) / outputDamping; below 1, the damping decides the weights of the outputs
-  double sigma = notComputed;        // what delta was divided by: its largest singular value; 1 when not normalized
-  double gap = notComputed;          // eigenvalue r+1 minus eigenvalue r of omega; infinite when rank = in
-  double relativeGap = notComputed;  // gap over the largest magnitude that an eigenvalue of omega can have
-  std::vector<double> eigenvalues;   // the rank + 1 smallest of omega, ascending (rank, when rank = in)
+  double conditionNumber = notComputed;          // of Zd = Z + damping I, estimated from below, usually within a few per cent
+  double medianOutputOverDamping = notComputed;  // median(ydiag) / outputDamping; below 1, damping decides
+  double sigma = notComputed;                    // what delta was divided by: its largest singular value; 1 when not normalized
+  double gap = notComputed;                      // eigenvalue r+1 minus eigenvalue r of omega; infinite when rank = in
+  double relativeGap = notComputed;              // gap over the largest magnitude that an eigenvalue of omega can have
+  std::vector<double> eigenvalues;               // the rank + 1 smallest of omega, ascending (rank, when rank = in)
 };
 
 struct InitializerNeeds {
@@ -70,6 +70,8 @@ struct Initializer {
   InitializerNeeds needs;
   void (*initialize)(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
                      ModuleReport& report);
+  // Bytes that a module takes of the workspace (null: none worth planning for), beside its group's statistics and their inverse.
+  size_t (*workspaceBytes)(int64_t out, int64_t in, int64_t rank) = nullptr;
 };
 
 const std::vector<Initializer>& initializers();

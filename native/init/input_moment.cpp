@@ -19,21 +19,6 @@ namespace {
 
 constexpr double kConditionTolerance = 1e-2;
 
-// A row panel of the full symmetric Zd from the lower triangle of z; the upper one is read in blocks, a cache line at a time.
-void fillDamped(const double* z, int64_t n, double damping, int64_t first, int64_t last, double* panel) {
-  constexpr int64_t block = 32;
-  for (int64_t i = first; i < last; ++i) {
-    std::copy(z + i * n, z + i * n + i + 1, panel + (i - first) * n);
-    panel[(i - first) * n + i] += damping;
-  }
-  for (int64_t column = first; column < n; column += block) {
-    const int64_t end = std::min(n, column + block);
-    for (int64_t j = column; j < end; ++j) {
-      for (int64_t i = first; i < std::min(last, j); ++i) panel[(i - first) * n + j] = z[j * n + i];
-    }
-  }
-}
-
 [[noreturn]] void throwNotPositiveDefinite(const std::string& module, int64_t minor, int64_t in, double damping) {
   char text[64];
   std::snprintf(text, sizeof text, "%g", damping);
@@ -45,33 +30,48 @@ void fillDamped(const double* z, int64_t n, double damping, int64_t first, int64
 
 }  // namespace
 
-void InputMoment::reset(const double* z, int64_t in, const std::string& module) {
+void InputMoment::reset(double* z, int64_t in, size_t modules, const std::string& module) {
   z_ = z;
   in_ = in;
+  modules_ = modules;
   module_ = module;
-  prepared_ = false;
+  state_ = State::moment;
 }
 
-const DampedMoment& InputMoment::damped(InitializationWorkspace& workspace, double damping) {
-  if (prepared_ && damping_ == damping) return result_;
+void InputMoment::factor(InitializationWorkspace& workspace, double damping) {
+  if (state_ != State::moment) return;
   Device& device = workspace.device;
   const int64_t n = in_;
-  for (int64_t i = 0; i < n; ++i) requireFinite(z_ + i * n, i + 1, module_, "the input second moment Z");
-
-  double* factor = factor_.reserve(device, n * n, "the factor of an input second moment");
-  double* inverse = inverse_.reserve(device, n * n, "the inverse of an input second moment");
-  workspace.panels.write(factor, n, n,
-                         [&](int64_t first, int64_t last, double* panel) { fillDamped(z_, n, damping, first, last, panel); });
-  const double norm = largestEigenvalue(workspace, factor, n, kConditionTolerance);
-  const int64_t minor = device.choleskyFactor(factor, n);
+  workspace.panels.transform(z_, n, n, [&](int64_t first, int64_t last, double* panel) {
+    for (int64_t i = first; i < last; ++i) {
+      double* row = panel + (i - first) * n;
+      requireFinite(row, i + 1, module_, "the input second moment Z");
+      row[i] += damping;
+    }
+  });
+  device.mirrorLower(z_, n);
+  norm_ = largestEigenvalue(workspace, z_, n, kConditionTolerance);
+  const int64_t minor = device.choleskyFactor(z_, n);
   if (minor != 0) throwNotPositiveDefinite(module_, minor, n, damping);
-  workspace.panels.copy(inverse, factor, n, n);
-  device.choleskyInverse(inverse, n);
-  const double inverseNorm = largestEigenvalue(workspace, inverse, n, kConditionTolerance);
+  state_ = State::factor;
+}
 
-  result_ = {factor, inverse, inverseNorm, norm * inverseNorm};
-  damping_ = damping;
-  prepared_ = true;
+void InputMoment::solve(InitializationWorkspace& workspace, double* b, int64_t m) const {
+  workspace.device.choleskySolve(z_, in_, b, m);
+}
+
+const DampedInverse& InputMoment::invert(InitializationWorkspace& workspace) {
+  if (state_ == State::inverse) return result_;
+  Device& device = workspace.device;
+  double* inverse = z_;
+  if (modules_ > 1) {
+    inverse = inverse_.reserve(device, in_ * in_, "the inverse of an input second moment");
+    workspace.panels.copy(inverse, z_, in_, in_);
+  }
+  device.choleskyInverse(inverse, in_);
+  const double norm = largestEigenvalue(workspace, inverse, in_, kConditionTolerance);
+  result_ = {inverse, norm, norm_ * norm};
+  state_ = State::inverse;
   return result_;
 }
 

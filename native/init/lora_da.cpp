@@ -66,8 +66,7 @@ OutputWeights outputWeights(const InitializationInput& input) {
 }
 
 // delta [in, out], not yet divided by sigma.
-double* solveDelta(const InitializationInput& input, const DampedMoment& moment, const std::vector<double>& yinv,
-                   InitializationWorkspace& workspace) {
+double* solveDelta(const InitializationInput& input, const std::vector<double>& yinv, InitializationWorkspace& workspace) {
   const int64_t in = input.in, out = input.out;
   requireFinite(input.gradient, out * in, input.module, "the gradient G");
   double* delta = workspace.delta.reserve(workspace.device, in * out, "LoRA-DA's delta");
@@ -80,7 +79,7 @@ double* solveDelta(const InitializationInput& input, const DampedMoment& moment,
       }
     }
   });
-  workspace.device.choleskySolve(moment.factor, in, delta, out);
+  input.inputMoment->solve(workspace, delta, out);
   return delta;
 }
 
@@ -149,8 +148,9 @@ void initializeLoraDa(const InitializationInput& input, InitializationWorkspace&
   requireUsable(input);
   Device& device = workspace.device;
   const OutputWeights weights = outputWeights(input);
-  const DampedMoment& moment = input.inputMoment->damped(workspace, options.damping);
-  const double* delta = solveDelta(input, moment, weights.yinv, workspace);
+  input.inputMoment->factor(workspace, options.damping);
+  const double* delta = solveDelta(input, weights.yinv, workspace);
+  const DampedInverse& inverse = input.inputMoment->invert(workspace);
 
   double* omega = workspace.omega.reserve(device, in * in, "LoRA-DA's omega");
   device.symmetricProduct(delta, in, out, 1, 0, omega);
@@ -159,7 +159,7 @@ void initializeLoraDa(const InitializationInput& input, InitializationWorkspace&
   const double divisor = sigma > 0 ? sigma : 1;
   const double variance = options.varianceWeight * (weights.sum / options.population) / (divisor * divisor);
   requireDetermined(input, sigma, variance);
-  workspace.panels.blend(omega, -options.biasWeight / (divisor * divisor), moment.inverse, variance, in, in);
+  workspace.panels.blend(omega, -options.biasWeight / (divisor * divisor), inverse.values, variance, in, in);
 
   const int64_t count = std::min(rank + 1, in);
   double* values = workspace.values.reserve(device, count, "LoRA-DA's eigenvalues");
@@ -169,16 +169,22 @@ void initializeLoraDa(const InitializationInput& input, InitializationWorkspace&
   report = ModuleReport{};
   report.module = input.module;
   report.sigma = sigma;
-  report.conditionNumber = moment.conditionNumber;
+  report.conditionNumber = inverse.conditionNumber;
   report.medianOutputOverDamping = weights.medianOverDamping;
   report.eigenvalues.resize(static_cast<size_t>(count));
   device.download(report.eigenvalues.data(), values, report.eigenvalues.size() * sizeof(double));
   readFactors(input, vectors, delta, divisor, workspace, factors);
 
   // omega's largest eigenvalue is at most that of its variance term (Weyl), which costs nothing to know.
-  const double largest = std::max(std::abs(report.eigenvalues.front()), variance * moment.inverseNorm);
+  const double largest = std::max(std::abs(report.eigenvalues.front()), variance * inverse.norm);
   report.gap = rank < in ? report.eigenvalues[rank] - report.eigenvalues[rank - 1] : std::numeric_limits<double>::infinity();
   report.relativeGap = report.gap / largest;
+}
+
+size_t loraDaWorkspaceBytes(int64_t out, int64_t in, int64_t rank) {
+  const int64_t delta = in * out, omega = in * in, gram = out < in ? out * out : 0;
+  const int64_t factors = 2 * (rank + 1) * (in + out);  // on the device and on the host
+  return static_cast<size_t>(delta + omega + gram + factors) * sizeof(double);
 }
 
 }  // namespace lora_da

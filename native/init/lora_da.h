@@ -7,5 +7,6 @@ namespace lora_da {
 
 void initializeLoraDa(const InitializationInput& input, InitializationWorkspace& workspace, Factors& factors,
                       ModuleReport& report);
+size_t loraDaWorkspaceBytes(int64_t out, int64_t in, int64_t rank);
 
 }  // namespace lora_da

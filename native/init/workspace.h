@@ -50,6 +50,16 @@ class PanelCopier {
     });
   }
 
+  // change(first, last, panel): panel [last - first, cols] holds rows first .. last-1 of the array, before and after.
+  void transform(double* array, int64_t rows, int64_t cols, const Fill& change) {
+    forPanels(rows, cols, [&](int64_t first, int64_t last) {
+      const int64_t count = (last - first) * cols;
+      double* panel = download(panel_, array + first * cols, count);
+      change(first, last, panel);
+      device_.upload(array + first * cols, panel, bytes(count));
+    });
+  }
+
   void copy(double* to, const double* from, int64_t rows, int64_t cols) {
     forPanels(rows, cols, [&](int64_t first, int64_t last) {
       double* panel = download(panel_, from + first * cols, (last - first) * cols);

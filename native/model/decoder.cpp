@@ -5,13 +5,14 @@
 #include <map>
 
 #include "core/error.h"
+#include "core/memory_info.h"
 #include "model/layers.h"
 
 namespace lora_da {
 
 Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
                  const std::function<void(int64_t, int64_t)>& progress)
-    : spec_(std::move(spec)), device_(makeDevice(options)), files_(std::move(tensors)) {
+    : spec_(std::move(spec)), processBytes_(residentMemory()), device_(makeDevice(options)), files_(std::move(tensors)) {
   weights_ = loadWeights(*device_, spec_, files_, [&](int64_t done, int64_t total) {
     checkCancelled();
     progress(done, total);
@@ -73,12 +74,17 @@ LayerContext Decoder::layerContext(const Pass& pass, int64_t layer) {
 }
 
 void Decoder::forward(const Pass& pass) {
-  StepBuffers& buffers = pass.buffers;
-  device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, buffers.inputs[0]);
-  for (int64_t layer = 0; layer < spec_.layers; ++layer) {
+  device_->embed(pass.batch.deviceIds, *weights_.embedding, spec_.embeddingScale, pass.buffers.inputs[0]);
+  forwardLayers(pass, 0, spec_.layers);
+}
+
+void Decoder::forwardLayers(const Pass& pass, int64_t first, int64_t last) {
+  const StepBuffers& buffers = pass.buffers;
+  for (int64_t layer = first; layer < last; ++layer) {
     checkCancelled();
     layerForward(layerContext(pass, layer), true);
   }
+  if (last < spec_.layers) return;
   device_->rmsNorm(buffers.finalStream, finalNorm(), spec_.normEpsilon, buffers.normed, buffers.finalRstd,
                    buffers.finalInput.data ? &buffers.finalInput : nullptr);
 }

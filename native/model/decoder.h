@@ -74,6 +74,17 @@ class Decoder {
   std::vector<float> logits(const TokenBatch& batch);
   // Forward and backward of the collection loss through the base model, without adapters; `observer` sees every group.
   void collectPass(PackedBatch& batch, ProjectionObserver& observer);
+  // The same a layer at a time (layer_pass.cpp), without adapters. Forward through the model keeps the streams entering the
+  // layers that `streams` has memory for and leaves the loss's gradient there; forwardLayers makes those of layers first+1 ..
+  // last again from that of `first`; backward makes a layer's activations again from its input.
+  void collectForward(PackedBatch& batch, const ResidualStreams& streams);
+  void forwardLayers(PackedBatch& batch, int64_t first, int64_t last, const ResidualStreams& streams);
+  void collectLayer(PackedBatch& batch, int64_t layer, const ResidualStreams& streams, ProjectionObserver& observer);
+  // Bytes of the step buffers of a collection pass, whole or a layer at a time.
+  size_t collectionBytes(PackedBatch batch, bool layerByLayer) const;
+  // Bytes that the process holds with this model before any pass: what is resident, or what the weights and adapters will make of
+  // it where their pages have not been read yet.
+  size_t residentBytes() const;
   // New token ids, the stop token included when one came.
   std::vector<int32_t> generate(const GenerateOptions& options, const std::function<void(int32_t)>& onToken);
   // W + scaling B A in float32 [out, in].
@@ -97,6 +108,9 @@ class Decoder {
   StepBuffers prepareStep(PackedBatch& batch, const LoraSet* lora, const PassShape& shape);
   LayerContext layerContext(const Pass& pass, int64_t layer);
   void forward(const Pass& pass);
+  // Layers first .. last-1 from the stream entering the first; what follows the last one is the next input, or the final stream.
+  void forwardLayers(const Pass& pass, int64_t first, int64_t last);
+  StepBuffers prepareLayerPass(PackedBatch& batch, const ResidualStreams& streams);
   // Losses of the label rows; with `gradient` also the gradient of the residual stream after the last layer.
   void headForward(const Pass& pass, bool gradient);
   void backward(const Pass& pass);
@@ -106,6 +120,7 @@ class Decoder {
   const float* finalNorm() const { return static_cast<const float*>(weights_.finalNorm.get()); }
 
   DecoderSpec spec_;
+  size_t processBytes_;  // resident before the weights were
   std::unique_ptr<Device> device_;
   CheckpointFiles files_;
   DecoderWeights weights_;

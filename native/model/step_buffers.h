@@ -62,6 +62,11 @@ struct StepBuffers {
     const auto next = static_cast<size_t>(layer + 1);
     return next < inputs.size() ? inputs[next] : finalStream;
   }
+  // Takes another buffer for streamGrad.
+  void setStreamGrad(const Matrix& gradient) {
+    if (!roundedGrad()) branchGrad = gradient;
+    streamGrad = gradient;
+  }
   // What rmsNormGrad has to write beside streamGrad: branchGrad, or nothing where they are one.
   const Matrix* roundedGrad() const { return branchGrad.data == streamGrad.data ? nullptr : &branchGrad; }
   // What backward reads of the stream that enters the norms, in the compute type.
@@ -74,6 +79,13 @@ struct StepBuffers {
     return kept.mlpInput.data ? kept.mlpInput : kept.middle;
   }
   LayerActivations& layer(int64_t index) { return layers.size() == 1 ? layers.front() : layers[static_cast<size_t>(index)]; }
+};
+
+// Residual streams that outlive the pass over their batch, float32 [T, H] each: those entering the layers (data null: not kept),
+// and the gradient of the one after the layer that backward has come to.
+struct ResidualStreams {
+  std::vector<Matrix> inputs;
+  Matrix gradient;
 };
 
 struct PassShape {

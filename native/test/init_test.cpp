@@ -58,10 +58,15 @@ struct Engine {
   std::unique_ptr<Device> device = cpuDevice(DType::f32);
   InitializationWorkspace workspace{*device};
   InputMoment moment;
+  std::vector<double> z;
 
+  void reset(const Statistics& s, size_t modules, const std::string& module) {
+    z = s.moment;
+    moment.reset(z.data(), s.in, modules, module);
+  }
   Result run(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options,
              const std::string& module = "layer.q") {
-    moment.reset(s.moment.data(), s.in, module);
+    reset(s, 1, module);
     return runShared(name, s, rank, options, module);
   }
   Result runShared(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options,
@@ -199,7 +204,7 @@ TEST_CASE("modules of a group share one input moment, and what they get does not
   const Statistics q = randomStatistics(17, 23, 92, random);
   Statistics k = randomStatistics(9, 23, 92, random);
   k.moment = q.moment;
-  engine.moment.reset(q.moment.data(), 23, "layer.q");
+  engine.reset(q, 2, "layer.q");
   engine.runShared("lora-da", q, 4, someOptions(), "layer.q");
   const Result shared = engine.runShared("lora-da", k, 4, someOptions(), "layer.k");
   Engine fresh;

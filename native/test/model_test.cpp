@@ -1,6 +1,5 @@
 // The whole decoder on a small random checkpoint: properties that hold whatever the weights are.
 #include <doctest/doctest.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <fstream>
@@ -22,15 +21,6 @@ StepOptions plainStep(Recompute recompute = Recompute::none) {
   options.optimizer.learningRate = 0.01f;
   options.recompute = recompute;
   return options;
-}
-
-std::vector<float> flatten(const std::vector<AdapterFactors>& factors) {
-  std::vector<float> values;
-  for (const AdapterFactors& entry : factors) {
-    values.insert(values.end(), entry.a.begin(), entry.a.end());
-    values.insert(values.end(), entry.b.begin(), entry.b.end());
-  }
-  return values;
 }
 
 }  // namespace

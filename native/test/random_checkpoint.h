@@ -1,4 +1,4 @@
-// A checkpoint of a small decoder for the tests of whole passes.
+// What the tests of whole models share: a small random checkpoint, and its factors as one list of numbers.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -19,7 +19,7 @@ namespace lora_da::test {
 // A Llama-like decoder with random weights in a file of its own.
 class RandomCheckpoint {
  public:
-  explicit RandomCheckpoint(uint64_t seed) : random_(seed) {
+  explicit RandomCheckpoint(uint64_t seed, int64_t layers = 2) : random_(seed) {
     char name[] = "/tmp/lora-da-model-XXXXXX";
     const int file = mkstemp(name);
     REQUIRE(file >= 0);
@@ -29,13 +29,13 @@ class RandomCheckpoint {
     spec.vocabSize = 61;
     spec.hiddenSize = 24;
     spec.intermediateSize = 40;
-    spec.layers = 2;
+    spec.layers = layers;
     spec.heads = 4;
     spec.kvHeads = 2;
     spec.headDim = 6;
     spec.normEpsilon = 1e-5f;
     spec.attentionScale = 1 / std::sqrt(6.0f);
-    spec.windows = {0, 5};
+    for (int64_t layer = 0; layer < layers; ++layer) spec.windows.push_back(layer % 2 ? 5 : 0);
     spec.headNorm = true;
     spec.inverseFrequencies = {1.0f, 0.05f, 0.002f};
     spec.tiedHead = false;
@@ -119,5 +119,14 @@ class RandomCheckpoint {
 
   std::mt19937_64 random_;
 };
+
+inline std::vector<float> flatten(const std::vector<AdapterFactors>& factors) {
+  std::vector<float> values;
+  for (const AdapterFactors& entry : factors) {
+    values.insert(values.end(), entry.a.begin(), entry.a.end());
+    values.insert(values.end(), entry.b.begin(), entry.b.end());
+  }
+  return values;
+}
 
 }  // namespace lora_da::test
