@@ -153,7 +153,8 @@ class Device {
   // or that type.
   virtual void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
                       const Matrix& c) = 0;
-  // Z [in, in] float64 += x^T x over the rows of x [rows, in]; only the lower triangle (j <= i) is touched.
+  // Z [in, in] float64 += x^T x over the rows of x [rows, in]; only the lower triangle (j <= i) counts,
+  // what lies above it is undefined afterwards.
   virtual void secondMoment(const Matrix& x, const Matrix& z) = 0;
   // sums [cols] float64 += column sums of x^2.
   virtual void squareSum(const Matrix& x, double* sums) = 0;

@@ -41,6 +41,8 @@ class CpuDevice : public Device {
   // products.cpp
   void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
               const Matrix& c) override;
+
+  // second_moment.cpp
   void secondMoment(const Matrix& x, const Matrix& z) override;
 
   // elementwise.cpp
@@ -96,6 +98,7 @@ class CpuDevice : public Device {
   void* grow(Scratch& scratch, size_t bytes, const char* purpose);
   void* scratch(size_t bytes) { return grow(scratch_, bytes, "scratch of the CPU device"); }
 
+  void blasSecondMoment(const Matrix& x, const Matrix& z);
   int64_t headChunkRows(int64_t rows, int64_t vocabulary) const;
   // Own products with panels of weights, or oneDNN's (linear.cpp).
   bool hasPanels() const;

@@ -75,44 +75,19 @@ void packInputGrad(const TypedKernels& kernels, const CpuWeight& w, int64_t dept
   }
 }
 
-// What the panel of those columns is made of, for the cache to fetch before it is laid out.
-Ahead aheadOf(const char* data, int64_t rows, const CpuWeight& w, int64_t col, int64_t cols) {
-  const auto element = static_cast<int64_t>(sizeOf(w.dtype));
-  const int64_t first = col * element / 64, last = (col + cols - 1) * element / 64;
-  return {data + first * 64, static_cast<int64_t>(w.rowBytes()), rows, last - first + 1};
-}
-
-void forwardAhead(const CpuWeight& w, int64_t depth, int64_t depths, int64_t col, int64_t cols, Ahead* pieces) {
-  pieces[0] = aheadOf(w.row(col), cols, w, depth, depths);
-}
-
-void inputGradAhead(const CpuWeight& w, int64_t depth, int64_t depths, int64_t col, int64_t cols, Ahead* pieces) {
-  int64_t partStart = 0;
-  int piece = 0;
-  for (const CpuWeight::Rows& part : w.parts) {
-    const int64_t first = std::max(depth, partStart), last = std::min(depth + depths, partStart + part.rows);
-    if (first < last && piece < aheadPieces) {
-      pieces[piece++] = aheadOf(part.data + static_cast<size_t>(first - partStart) * w.rowBytes(), last - first, w, col, cols);
-    }
-    partStart += part.rows;
-  }
-}
-
-template <class Pack, class LookAhead>
+template <class Pack>
 struct PanelJob {
   PanelProduct product;  // for the first panel and all rows; y and what is added to it move with the panel
   int64_t cols = 0;      // of all panels
   size_t inputBytes = 0, outputBytes = 0;
   const Matrix* lowRankRight = nullptr;
-  Pack pack;            // (depth, depths, col, cols, panel)
-  LookAhead lookAhead;  // (depth, depths, col, cols, pieces)
+  Pack pack;  // (depth, depths, col, cols, panel)
 };
 
 // Work is cut into whole panels, the last ones also by rows, so that threads end together. Cuts change no sum: each element of y
 // is made by one thread, its depth in order.
-template <class Pack, class LookAhead>
-void runPanels(const TypedKernels& kernels, const PanelJob<Pack, LookAhead>& job, int threads, float* memory,
-               size_t threadFloats) {
+template <class Pack>
+void runPanels(const TypedKernels& kernels, const PanelJob<Pack>& job, int threads, float* memory, size_t threadFloats) {
   const int64_t panels = ceilDiv(job.cols, panelCols);
   const int64_t pieces = std::clamp<int64_t>(job.product.rows / (4 * rowGrain), 1, threads);
   const int64_t whole = pieces == 1 ? panels : std::max<int64_t>(0, panels - panels % threads - threads);
@@ -151,11 +126,6 @@ void runPanels(const TypedKernels& kernels, const PanelJob<Pack, LookAhead>& job
         p.bias = p.bias && last ? p.bias + col : nullptr;
         p.residual = p.residual && last ? p.residual + firstRow * p.residualStride + col : nullptr;
         p.accumulate = p.accumulate || !first;
-        const int64_t next = unit + threads < whole ? unit + threads : -1;  // likely; a wrong guess costs little
-        if (next >= 0) {
-          const int64_t nextCol = next * panelCols;
-          job.lookAhead(depth, depths, nextCol, std::min(panelCols, job.cols - nextCol), p.ahead);
-        }
         p.depth = depths;
         p.panel = panel;
         p.rows = rows;
@@ -272,10 +242,7 @@ void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias,
   const auto pack = [&](int64_t depth, int64_t depths, int64_t col, int64_t cols, float* panel) {
     packForward(kernels, w, depth, depths, col, cols, panel);
   };
-  const auto lookAhead = [&](int64_t depth, int64_t depths, int64_t col, int64_t cols, Ahead* pieces) {
-    forwardAhead(w, depth, depths, col, cols, pieces);
-  };
-  const PanelJob<decltype(pack), decltype(lookAhead)> job{product, w.out, sizeOf(x.dtype), sizeOf(y.dtype), up, pack, lookAhead};
+  const PanelJob<decltype(pack)> job{product, w.out, sizeOf(x.dtype), sizeOf(y.dtype), up, pack};
   const size_t floats = panelFloats(x.cols, product.lowRankDepth);
   runPanels(kernels, job, threads_, panelScratch(floats), floats);
 }
@@ -289,10 +256,7 @@ void CpuDevice::linearInputGrad(const Matrix& dy, const Weight& weight, const Ma
   const auto pack = [&](int64_t depth, int64_t depths, int64_t col, int64_t cols, float* panel) {
     packInputGrad(kernels, w, depth, depths, col, cols, panel);
   };
-  const auto lookAhead = [&](int64_t depth, int64_t depths, int64_t col, int64_t cols, Ahead* pieces) {
-    inputGradAhead(w, depth, depths, col, cols, pieces);
-  };
-  const PanelJob<decltype(pack), decltype(lookAhead)> job{product, w.in, sizeOf(dy.dtype), sizeOf(dx.dtype), a, pack, lookAhead};
+  const PanelJob<decltype(pack)> job{product, w.in, sizeOf(dy.dtype), sizeOf(dx.dtype), a, pack};
   const size_t floats = panelFloats(std::min(dy.cols, product.floatOutput ? depthBlock : dy.cols), product.lowRankDepth);
   runPanels(kernels, job, threads_, panelScratch(floats), floats);
 }

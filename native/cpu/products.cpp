@@ -164,21 +164,4 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
   products_->run(key, a.data, b.data, nullptr, c.data);
 }
 
-void CpuDevice::secondMoment(const Matrix& x, const Matrix& z) {
-  auto* wide = static_cast<double*>(scratch(static_cast<size_t>(x.rows * x.cols) * sizeof(double)));
-#pragma omp parallel for num_threads(threads_) schedule(static)
-  for (int64_t i = 0; i < x.rows; ++i) {
-    double* target = wide + i * x.cols;
-    if (x.dtype == DType::bf16) {
-      const uint16_t* row = x.as<uint16_t>() + i * x.stride;
-      for (int64_t j = 0; j < x.cols; ++j) target[j] = bf16ToFloat(row[j]);
-    } else {
-      const float* row = x.as<float>() + i * x.stride;
-      for (int64_t j = 0; j < x.cols; ++j) target[j] = row[j];
-    }
-  }
-  cblas_dsyrk(CblasRowMajor, CblasLower, CblasTrans, static_cast<int>(x.cols), static_cast<int>(x.rows), 1.0, wide,
-              static_cast<int>(x.cols), 1.0, z.as<double>(), static_cast<int>(z.stride));
-}
-
 }  // namespace lora_da::cpu

@@ -160,20 +160,26 @@ TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum, exact
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   std::mt19937_64 random(seed);
+  struct Shape {
+    int64_t rows, cols;
+  };
   for (const DType type : {DType::f32, DType::bf16}) {
     const auto device = cpuDevice(type);
-    TestMatrix x(type, 300, 21, 4);
-    x.randomize(random, 50);
-    std::vector<double> z(21 * 21, 0.5);
-    device->secondMoment(x.view, {z.data(), DType::f64, 21, 21, 21});
-    double worst = 0;
-    for (int64_t i = 0; i < 21; ++i) {
-      for (int64_t j = 0; j < 21; ++j) {
-        const double expected = 0.5 + (j <= i ? dot(x, i, true, x, j, false, 300) : 0.0);
-        worst = std::max(worst, std::abs(z[static_cast<size_t>(i * 21 + j)] - expected));
+    for (const auto [rows, cols] : {Shape{300, 21}, Shape{1, 1}, Shape{1100, 77}, Shape{513, 48}}) {
+      CAPTURE(rows);
+      TestMatrix x(type, rows, cols, 4);
+      x.randomize(random, 50);
+      std::vector<double> z(static_cast<size_t>(cols * cols), 0.5);
+      device->secondMoment(x.view, {z.data(), DType::f64, cols, cols, cols});
+      double worst = 0;
+      for (int64_t i = 0; i < cols; ++i) {
+        for (int64_t j = 0; j <= i; ++j) {
+          const double expected = 0.5 + dot(x, i, true, x, j, false, rows);
+          worst = std::max(worst, std::abs(z[static_cast<size_t>(i * cols + j)] - expected));
+        }
       }
+      CHECK(worst < 1e-8);
     }
-    CHECK(worst < 1e-8);
   }
 }
 

@@ -11,6 +11,7 @@ namespace baseline {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
 void fillProducts(Kernels& table);
+void fillMoments(Kernels& table);
 }  // namespace baseline
 
 #if defined(__x86_64__)
@@ -18,18 +19,21 @@ namespace avx2 {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
 void fillProducts(Kernels& table);
+void fillMoments(Kernels& table);
 }  // namespace avx2
 
 namespace avx512 {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
 void fillProducts(Kernels& table);
+void fillMoments(Kernels& table);
 }  // namespace avx512
 
 namespace avx512bf16 {
 void fillElementwise(Kernels& table);
 void fillAttention(Kernels& table);
 void fillProducts(Kernels& table);
+void fillMoments(Kernels& table);
 }  // namespace avx512bf16
 #endif
 
@@ -41,19 +45,21 @@ struct InstructionSet {
   void (*fillElementwise)(Kernels& table);
   void (*fillAttention)(Kernels& table);
   void (*fillProducts)(Kernels& table);
+  void (*fillMoments)(Kernels& table);
 };
 
 // Best first; the last runs everywhere.
 constexpr InstructionSet instructionSets[] = {
 #if defined(__x86_64__)
     {"avx512bf16", [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16"); },
-     avx512bf16::fillElementwise, avx512bf16::fillAttention, avx512bf16::fillProducts},
+     avx512bf16::fillElementwise, avx512bf16::fillAttention, avx512bf16::fillProducts, avx512bf16::fillMoments},
     {"avx512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::fillElementwise, avx512::fillAttention,
-     avx512::fillProducts},
+     avx512::fillProducts, avx512::fillMoments},
     {"avx2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::fillElementwise, avx2::fillAttention,
-     avx2::fillProducts},
+     avx2::fillProducts, avx2::fillMoments},
 #endif
-    {"baseline", [] { return true; }, baseline::fillElementwise, baseline::fillAttention, baseline::fillProducts},
+    {"baseline", [] { return true; }, baseline::fillElementwise, baseline::fillAttention, baseline::fillProducts,
+     baseline::fillMoments},
 };
 
 // The first set to consider: the one that the variable names, or the best. An unknown name is as good as none.
@@ -73,6 +79,7 @@ Kernels choose() {
   set->fillElementwise(table);
   set->fillAttention(table);
   set->fillProducts(table);
+  set->fillMoments(table);
   return table;
 }
 

@@ -43,15 +43,6 @@ inline constexpr int64_t attentionTile = 48;
 // Columns of a panel (see product_kernels.cpp): three vectors.
 inline constexpr int64_t panelCols = 48;
 
-// Memory that is wanted next: `rows` pieces of `lines` cache lines, `stride` bytes apart.
-struct Ahead {
-  const char* first = nullptr;
-  int64_t stride = 0;
-  int64_t rows = 0;
-  int64_t lines = 0;
-};
-inline constexpr int aheadPieces = 4;
-
 // y [rows, cols] = scale * (x panel + lowRank panel') + bias + residual, or the same added to y's float32 values, for
 // the columns of one panel. x [rows, depth], lowRank [rows, lowRankDepth] and y (unless floatOutput) are in the compute type.
 struct PanelProduct {
@@ -72,7 +63,6 @@ struct PanelProduct {
   void* y = nullptr;
   int64_t yStride = 0;
   bool floatOutput = true;
-  Ahead ahead[aheadPieces];  // what the next panel is made of, fetched into the cache meanwhile
 };
 
 // c [leftCols, cols] += left^T b over the rows of b [rows, cols]; left laid out by packRows as [steps][leftStride].
@@ -87,6 +77,9 @@ struct OuterSum {
   float* c = nullptr;
   int64_t cStride = 0;
 };
+
+// Columns of a panel of a second moment: three vectors of doubles.
+inline constexpr int momentPanelCols = 24;
 
 // T is float or Bf16 (see kernels/vector.h); void* in the table so that one table type serves both.
 struct TypedKernels {
@@ -132,6 +125,8 @@ struct TypedKernels {
   // y[i] = row i of w [rows, depth] (of `type`) times x [depth].
   void (*dotRows)(const void* x, const void* w, DType type, int64_t stride, int64_t rows, int64_t depth, float* y);
   int64_t stepDepth;
+  // See moment_kernels.cpp; null where there is none. panel [rows, 24] = the columns of x [rows, cols], cols <= 24.
+  void (*momentPanel)(const void* x, int64_t rows, int64_t stride, int64_t cols, double* panel);
   // One query row of one head over `length` cached rows; `scratch` has `length` floats.
   void (*attentionCachedHead)(const void* q, const void* keys, int64_t keyStride, const void* values, int64_t valueStride,
                               int64_t length, const AttentionShape& shape, void* out, float* scratch);
@@ -143,6 +138,9 @@ struct Kernels {
   TypedKernels bf16;
   void (*scaleRow)(float scale, float* x, int64_t count);   // x *= scale
   void (*addRow)(const float* x, float* y, int64_t count);  // y += x
+  // z [zRows, zCols] += left^T right over the rows of two panels; null where momentPanel is.
+  void (*addMoment)(const double* left, const double* right, int64_t rows, int64_t zRows, int64_t zCols, double* z,
+                    int64_t zStride);
   double (*squaredNorm)(const float* x, int64_t count);
   // One AdamW update of `count` elements; gradient is scaled by gradScale; shadow is bf16 or null.
   void (*adamw)(float* value, const float* grad, float* firstMoment, float* secondMoment, uint16_t* shadow, int64_t count,

@@ -237,46 +237,12 @@ void multiplyRest(const PanelProduct& p, int64_t row) {
   }
 }
 
-// Goes through the lines of p.ahead, a share with every tile.
-class Fetcher {
- public:
-  Fetcher(const Ahead* pieces, int64_t shares) : piece_(pieces), end_(pieces + aheadPieces) {
-    int64_t lines = 0;
-    for (const Ahead* piece = piece_; piece != end_; ++piece) lines += piece->rows * piece->lines;
-    share_ = (lines + shares - 1) / shares;
-  }
-  KERNEL_INLINE void next() {
-    for (int64_t left = share_; left > 0 && piece_ != end_;) {
-      if (row_ == piece_->rows) {
-        ++piece_;
-        row_ = 0;
-        continue;
-      }
-      const char* at = piece_->first + row_ * piece_->stride;
-      for (; left > 0 && line_ < piece_->lines; ++line_, --left) __builtin_prefetch(at + line_ * 64, 0, 2);
-      if (line_ == piece_->lines) {
-        line_ = 0;
-        ++row_;
-      }
-    }
-  }
-
- private:
-  const Ahead* piece_;
-  const Ahead* end_;
-  int64_t share_ = 0, row_ = 0, line_ = 0;
-};
-
 // Tiles as high as the registers allow: 24 sums or fewer, the panel's vectors and one number of the left operand.
 template <class T, int vectors>
 void multiplyRows(const PanelProduct& p) {
   constexpr int rows = vectors == 3 ? 8 : 12;
-  Fetcher fetcher(p.ahead, p.rows / rows + 1);
   int64_t row = 0;
-  for (; row + rows <= p.rows; row += rows) {
-    fetcher.next();
-    multiplyTile<T, rows, vectors>(p, row);
-  }
+  for (; row + rows <= p.rows; row += rows) multiplyTile<T, rows, vectors>(p, row);
   multiplyRest<T, rows - 1, vectors>(p, row);
 }
 
