@@ -228,6 +228,11 @@ class Device {
   virtual void choleskyInverse(double* a, int64_t n) = 0;
   // The upper triangle of a [n, n] becomes the mirror image of the lower one.
   virtual void mirrorLower(double* a, int64_t n) = 0;
+  // How many pieces of work on matrices of at most this order are best done at once, and that work: body(item, worker) for
+  // each item, worker < concurrency(order). A body calls the operations of this section, float64 matmul, allocate, upload and
+  // download. Rethrows what the first item that failed threw; items after it may be left out.
+  virtual int concurrency(int64_t order) const = 0;
+  virtual void concurrently(int64_t order, int64_t items, const std::function<void(int64_t item, int worker)>& body) = 0;
   // c [n, n] = alpha a a^T (+ beta c), a [n, m]; both triangles.
   virtual void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) = 0;
   // The `count` smallest eigenpairs of the symmetric a [n, n] (destroyed): values [count] ascending, vectors [count, n], a row

@@ -82,6 +82,11 @@ class ProfiledDevice : public Device {
   int64_t choleskyFactor(double* a, int64_t n) override;
   void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) override;
   void choleskyInverse(double* a, int64_t n) override;
+  // One at a time, so that each is timed by itself.
+  int concurrency(int64_t) const override { return 1; }
+  void concurrently(int64_t, int64_t items, const std::function<void(int64_t, int)>& body) override {
+    for (int64_t item = 0; item < items; ++item) body(item, 0);
+  }
   void mirrorLower(double* a, int64_t n) override;
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;

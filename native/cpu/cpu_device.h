@@ -85,6 +85,8 @@ class CpuDevice : public Device {
   void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) override;
   void choleskyInverse(double* a, int64_t n) override;
   void mirrorLower(double* a, int64_t n) override;
+  int concurrency(int64_t order) const override;
+  void concurrently(int64_t order, int64_t items, const std::function<void(int64_t, int)>& body) override;
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
 

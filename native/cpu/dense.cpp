@@ -8,7 +8,10 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -131,6 +134,31 @@ void CpuDevice::mirrorLower(double* a, int64_t n) {
       }
     }
   }
+}
+
+// Below the order from which LAPACK's own threads pay, each piece of work is better off on a thread of its own.
+int CpuDevice::concurrency(int64_t order) const {
+  return order < kThreadedOrder ? threads_ : 1;
+}
+
+void CpuDevice::concurrently(int64_t order, int64_t items, const std::function<void(int64_t, int)>& body) {
+  std::mutex mutex;
+  std::exception_ptr failure;
+  std::atomic<int64_t> failed{items};
+#pragma omp parallel for num_threads(concurrency(order)) schedule(dynamic, 1)
+  for (int64_t item = 0; item < items; ++item) {
+    if (item > failed) continue;
+    try {
+      body(item, omp_get_thread_num());
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (item < failed) {
+        failed = item;
+        failure = std::current_exception();
+      }
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 void CpuDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) {

@@ -28,9 +28,11 @@ size_t statisticsBytes(const Projection& group, const InitializerNeeds& needs) {
 size_t solveBytes(Decoder& model, const CollectionWork& work) {
   const auto& projections = model.projections();
   size_t method = 0, inverse = 0, gradient = 0;
+  int64_t order = 0;
   for (size_t i = 0; i < projections.size(); ++i) {
     if (!work.wanted[i]) continue;
     const Projection& group = *projections[i];
+    order = std::max(order, group.in);
     for (const ProjectionPart& part : group.parts) {
       if (work.method.workspaceBytes) method = std::max(method, work.method.workspaceBytes(part.out, group.in, work.rank));
     }
@@ -39,7 +41,8 @@ size_t solveBytes(Decoder& model, const CollectionWork& work) {
     }
     if (work.method.needs.gradient) gradient = std::max(gradient, bytesOf(group.out * group.in, sizeof(float)));
   }
-  return method + inverse + gradient;  // a group's gradient is copied to the host
+  // A group's gradient is copied to the host. Several groups may be at work at once.
+  return (method + inverse + gradient) * static_cast<size_t>(model.device().concurrency(order));
 }
 
 // The rows of an input moment's group are widened to float64.

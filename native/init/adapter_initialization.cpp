@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <iterator>
+#include <memory>
+#include <mutex>
 #include <utility>
 
 #include "core/error.h"
@@ -42,7 +45,7 @@ void collectSamples(Decoder& model, std::vector<PackedBatch>& batches, Statistic
   }
 }
 
-// The factors of all modules, found group by group and set together.
+// The factors of all modules, found group by group, several groups at once where the device gains by it, and set together.
 class Solver {
  public:
   Solver(Decoder& model, const Initializer& method, const AdapterInitialization& initialization)
@@ -52,33 +55,21 @@ class Solver {
         initialization_(initialization),
         groups_(lora_.groups().size()) {}
 
-  // The group's modules; nothing where it has none.
-  void solve(InitializationWorkspace& workspace, size_t index, const GroupStatistics& data) {
-    const LoraGroup* group = lora_.group(index);
-    if (!group) return;
-    if (method_.needs.inputMoment) {
-      moment_.reset(static_cast<double*>(data.inputMoment.get()), group->in, group->blocks.size(), group->blocks.front().module);
-    }
-    for (const LoraBlock& block : group->blocks) {
-      InitializationInput input;
-      input.module = block.module;
-      input.out = block.out;
-      input.in = group->in;
-      input.rank = lora_.rank();
-      input.options = initialization_.options;
-      if (method_.needs.gradient) input.gradient = data.gradient.data() + block.offset * group->in;
-      if (method_.needs.inputMoment) input.inputMoment = &moment_;
-      if (method_.needs.outputFactor) input.outputFactor = data.outputFactor.data() + block.offset;
-      Factors factors;
-      ModuleReport report;
-      method_.initialize(input, workspace, factors, report);
-      report.module = block.module;
-      groups_[index].factors.push_back(
-          {block.module, block.out, group->in, lora_.rank(), std::move(factors.a), std::move(factors.b)});
-      groups_[index].reports.push_back(std::move(report));
-    }
+  // The modules of these groups, whose statistics are taken one by one; groupDone is called after each, by one thread at a time.
+  void solve(const std::vector<size_t>& indices, Statistics& statistics, const std::function<void()>& groupDone) {
+    int64_t order = 0;
+    for (const size_t index : indices) order = std::max(order, lora_.groups()[index].in);
+    // They go with this call: the next layer's statistics take their place.
+    std::vector<std::unique_ptr<Worker>> workers;
+    for (int i = 0; i < device_.concurrency(order); ++i) workers.push_back(std::make_unique<Worker>(device_));
+    std::mutex mutex;
+    device_.concurrently(order, static_cast<int64_t>(indices.size()), [&](int64_t item, int worker) {
+      const size_t index = indices[static_cast<size_t>(item)];
+      solveGroup(*workers[static_cast<size_t>(worker)], index, statistics.take(index));
+      const std::lock_guard<std::mutex> lock(mutex);
+      groupDone();
+    });
   }
-
   std::vector<ModuleReport> finish() {
     std::vector<AdapterFactors> factors;
     std::vector<ModuleReport> reports;
@@ -95,11 +86,43 @@ class Solver {
     std::vector<AdapterFactors> factors;
     std::vector<ModuleReport> reports;
   };
+  // What one thread works with.
+  struct Worker {
+    explicit Worker(Device& device) : workspace(device) {}
+    InitializationWorkspace workspace;
+    InputMoment moment;
+  };
+
+  void solveGroup(Worker& worker, size_t index, const GroupStatistics& data) {
+    const LoraGroup& group = lora_.groups()[index];
+    if (method_.needs.inputMoment) {
+      worker.moment.reset(static_cast<double*>(data.inputMoment.get()), group.in, group.blocks.size(),
+                          group.blocks.front().module);
+    }
+    for (const LoraBlock& block : group.blocks) {
+      InitializationInput input;
+      input.module = block.module;
+      input.out = block.out;
+      input.in = group.in;
+      input.rank = lora_.rank();
+      input.options = initialization_.options;
+      if (method_.needs.gradient) input.gradient = data.gradient.data() + block.offset * group.in;
+      if (method_.needs.inputMoment) input.inputMoment = &worker.moment;
+      if (method_.needs.outputFactor) input.outputFactor = data.outputFactor.data() + block.offset;
+      Factors factors;
+      ModuleReport report;
+      method_.initialize(input, worker.workspace, factors, report);
+      report.module = block.module;
+      groups_[index].factors.push_back(
+          {block.module, block.out, group.in, lora_.rank(), std::move(factors.a), std::move(factors.b)});
+      groups_[index].reports.push_back(std::move(report));
+    }
+  }
+
   Device& device_;
   LoraSet& lora_;
   const Initializer& method_;
   const AdapterInitialization& initialization_;
-  InputMoment moment_;
   std::vector<Group> groups_;
 };
 
@@ -132,12 +155,12 @@ void runSampleMajor(Decoder& model, CollectionWork& work, TokenMask mask, Solver
   result.collectSeconds = secondsSince(collectStart);
 
   const auto solveStart = Clock::now();
-  InitializationWorkspace workspace(model.device());
+  std::vector<size_t> groups;
   for (size_t index = 0; index < work.wanted.size(); ++index) {
-    if (!work.wanted[index]) continue;
-    solver.solve(workspace, index, statistics.take(index));
-    progress(InitializationPhase::solve, static_cast<int64_t>(index + 1), static_cast<int64_t>(work.wanted.size()));
+    if (work.wanted[index]) groups.push_back(index);
   }
+  int64_t done = 0;
+  solver.solve(groups, statistics, [&] { progress(InitializationPhase::solve, ++done, static_cast<int64_t>(groups.size())); });
   result.modules = solver.finish();
   result.solveSeconds = secondsSince(solveStart);
 }
@@ -152,13 +175,12 @@ void runLayerMajor(Decoder& model, CollectionWork& work, TokenMask mask, Solver&
   const auto start = Clock::now();
   const auto solve = [&](int64_t layer, Statistics& statistics) {
     const auto solveStart = Clock::now();
-    InitializationWorkspace workspace(model.device());  // gone with the layer: the next one's statistics take its place
+    std::vector<size_t> layerGroups;
     for (size_t i = 0; i < groupsPerLayer; ++i) {
       const size_t index = static_cast<size_t>(layer) * groupsPerLayer + i;
-      if (!work.wanted[index]) continue;
-      solver.solve(workspace, index, statistics.take(index));
-      step();
+      if (work.wanted[index]) layerGroups.push_back(index);
     }
+    solver.solve(layerGroups, statistics, step);
     result.solveSeconds += secondsSince(solveStart);
   };
   collectByLayer(model, work, mask, layersPerCheckpoint, solve, step);

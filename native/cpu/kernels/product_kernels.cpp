@@ -74,12 +74,8 @@ KERNEL_INLINE Vec rowSteps(const S* row, int64_t first, int64_t depth) {
   if constexpr (Step<T>::depth == 1) {
     return left >= lanes ? load(row + first, Whole{}) : load(row + first, Part{static_cast<int>(left)});
   } else {
-    const auto half = [&](int64_t at) -> __m256i {
-      const int64_t rest = depth - at;
-      const auto mask = static_cast<__mmask16>(rest >= lanes ? 0xffff : rest > 0 ? (1u << rest) - 1 : 0);
-      return _mm256_maskz_loadu_epi16(mask, row + at);
-    };
-    return reinterpret_cast<Vec>(_mm512_mask_broadcast_i64x4(_mm512_zextsi256_si512(half(first)), 0xf0, half(first + lanes)));
+    const auto mask = left >= 2 * lanes ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi16(mask, row + first));
   }
 }
 
