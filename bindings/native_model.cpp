@@ -284,8 +284,9 @@ Napi::Value NativeModel::mergedWeight(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeModel::planMemory(const Napi::CallbackInfo& info) {
   const int64_t tokens = info[0].ToNumber().Int64Value(), labels = info[1].ToNumber().Int64Value();
-  return queue(info, [tokens, labels, recompute = toRecompute(info[3].ToString().Utf8Value())](Decoder& model) {
-    return [plan = model.planMemory(tokens, labels, recompute)](Napi::Env env) -> Napi::Value {
+  const int64_t maxLength = info[2].ToNumber().Int64Value();
+  return queue(info, [tokens, labels, maxLength, recompute = toRecompute(info[3].ToString().Utf8Value())](Decoder& model) {
+    return [plan = model.planMemory(tokens, labels, maxLength, recompute)](Napi::Env env) -> Napi::Value {
       auto object = Napi::Object::New(env);
       object.Set("weights", static_cast<double>(plan.weights));
       object.Set("activations", static_cast<double>(plan.activations));

@@ -232,6 +232,7 @@ export class Trainer extends EventEmitter<TrainerEvents> {
         'Expected a model with an adapter: call addLora() or loadAdapter() first',
       );
     this.#running = true;
+    this.#model.tokenizer?.client.rest(); // its vocabulary takes some 50 MB, and training needs ids only
     try {
       return await new Run(this, this.#model, adapter, this.#options, this.#evalSteps, call.signal).run();
     } finally {

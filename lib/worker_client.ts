@@ -22,10 +22,11 @@ interface Waiting {
 }
 
 /**
- * A worker thread that answers calls in their order. It keeps the process alive only while a call is under way.
+ * A worker thread that answers calls in their order. It keeps the process alive only while a call is under way, and begins with
+ * the first.
  */
 export class WorkerClient {
-  private readonly worker: Worker;
+  private worker: Worker | undefined;
   private readonly waiting = new Map<number, Waiting>();
   private lastId = 0;
   private failure: LoraDaError | undefined;
@@ -34,35 +35,51 @@ export class WorkerClient {
    * @param name        file name without extension, in the folder of this file
    * @param workerData  handed to the worker
    */
-  constructor(name: string, workerData: unknown) {
-    this.worker = startWorker(name, workerData);
-    this.worker.unref();
-    this.worker.on('message', (reply: WorkerReply) => this.settle(reply));
-    this.worker.on('error', (error: NodeJS.ErrnoException) => this.fail(workerError(error)));
-    this.worker.on('exit', () => this.fail(new LoraDaError('DISPOSED', 'The worker thread has ended')));
-  }
+  constructor(
+    private readonly name: string,
+    private readonly workerData: unknown,
+  ) {}
 
   /** @throws {LoraDaError} what the worker answered; `DISPOSED` after dispose() */
   call<Result>(method: string, parameters: unknown, transfer: Transferable[] = []): Promise<Result> {
     if (this.failure) return Promise.reject(this.failure);
     const id = ++this.lastId;
-    if (this.waiting.size === 0) this.worker.ref();
+    this.worker ??= this.start();
+    const { worker } = this;
+    if (this.waiting.size === 0) worker.ref();
     return new Promise<unknown>((resolve, reject) => {
       this.waiting.set(id, { resolve, reject });
-      this.worker.postMessage({ id, method, parameters } satisfies WorkerRequest, transfer);
+      worker.postMessage({ id, method, parameters } satisfies WorkerRequest, transfer);
     }) as Promise<Result>;
   }
 
   /** Ends the thread; calls under way reject with `DISPOSED`. */
   dispose(): void {
     this.fail(new LoraDaError('DISPOSED', 'Used after dispose()'));
+    void this.worker?.terminate();
+  }
+
+  /** Gives the thread's memory back where no call is under way; the next call starts another. */
+  rest(): void {
+    if (!this.worker || this.waiting.size > 0) return;
+    this.worker.removeAllListeners();
     void this.worker.terminate();
+    this.worker = undefined;
+  }
+
+  private start(): Worker {
+    const worker = startWorker(this.name, this.workerData);
+    worker.unref();
+    worker.on('message', (reply: WorkerReply) => this.settle(reply));
+    worker.on('error', (error: NodeJS.ErrnoException) => this.fail(workerError(error)));
+    worker.on('exit', () => this.fail(new LoraDaError('DISPOSED', 'The worker thread has ended')));
+    return worker;
   }
 
   private settle({ id, result, error }: WorkerReply): void {
     const waiting = this.waiting.get(id);
     this.waiting.delete(id);
-    if (this.waiting.size === 0) this.worker.unref();
+    if (this.waiting.size === 0) this.worker?.unref();
     if (error) waiting?.reject(new LoraDaError(error.code, error.message));
     else waiting?.resolve(result);
   }
@@ -71,7 +88,7 @@ export class WorkerClient {
     this.failure ??= error;
     for (const { reject } of this.waiting.values()) reject(this.failure);
     this.waiting.clear();
-    this.worker.unref();
+    this.worker?.unref();
   }
 }
 

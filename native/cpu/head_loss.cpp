@@ -10,7 +10,7 @@ namespace {
 
 // Own products lay the head out again for every chunk, so theirs are as large as this much memory allows; oneDNN's panels are
 // laid out once, and its chunks stay near the cache.
-constexpr size_t chunkBytes = size_t{72} << 20;
+constexpr size_t chunkBytes = size_t{52} << 20;
 constexpr int64_t fewestRows = 96;
 constexpr int64_t libraryChunkRows = 128;
 constexpr int64_t rowGrain = 24;

@@ -24,6 +24,27 @@ int64_t roundRows(int64_t count) {
   return (count + rowMultiple - 1) / rowMultiple * rowMultiple;
 }
 
+std::vector<TokenBatch> splitIntoPasses(const TokenBatch& batch, int64_t most) {
+  const auto& starts = batch.sequenceStarts;
+  const auto tokens = static_cast<int64_t>(batch.inputIds.size());
+  // What is not well formed goes on whole, to packBatch, which says so.
+  const bool wellFormed = starts.size() >= 2 && starts.front() == 0 && starts.back() == tokens &&
+                          batch.labels.size() == batch.inputIds.size() && std::is_sorted(starts.begin(), starts.end());
+  if (!wellFormed || tokens <= most) return {batch};
+  const int64_t passes = (tokens + most - 1) / most, even = (tokens + passes - 1) / passes;
+  std::vector<TokenBatch> result;
+  for (size_t sequence = 0; sequence + 1 < starts.size(); ++sequence) {
+    const int32_t first = starts[sequence], last = starts[sequence + 1];
+    const auto held = result.empty() ? 0 : static_cast<int64_t>(result.back().inputIds.size());
+    if (result.empty() || held >= even || held + (last - first) > most) result.push_back({{}, {}, {0}});
+    TokenBatch& pass = result.back();
+    pass.inputIds.insert(pass.inputIds.end(), batch.inputIds.begin() + first, batch.inputIds.begin() + last);
+    pass.labels.insert(pass.labels.end(), batch.labels.begin() + first, batch.labels.begin() + last);
+    pass.sequenceStarts.push_back(static_cast<int32_t>(pass.inputIds.size()));
+  }
+  return result;
+}
+
 PackedBatch packBatch(const TokenBatch& batch, int64_t vocabSize) {
   PackedBatch packed;
   const auto& starts = batch.sequenceStarts;

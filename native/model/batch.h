@@ -44,6 +44,14 @@ struct PackedBatch {
   void upload(Device& device);
 };
 
+// Tokens of one pass of a training step. More in a step go through the model one pass after the other: the gradients add up to
+// the same, while activations take no more than a pass needs and weights are still read for enough rows at a time.
+constexpr int64_t passTokens = 1536;
+
+// The batch cut between sequences into passes of about the same size, in order; only a longer sequence has more than `most`
+// tokens.
+std::vector<TokenBatch> splitIntoPasses(const TokenBatch& batch, int64_t most);
+
 // Throws Error(invalidArgument) on ids outside the vocabulary, ragged arrays or empty sequences.
 PackedBatch packBatch(const TokenBatch& batch, int64_t vocabSize);
 

@@ -137,8 +137,10 @@ StepResult Decoder::trainStep(const std::vector<TokenBatch>& batches, const Step
   std::vector<PackedBatch> packed;
   int64_t labels = 0;
   for (const TokenBatch& batch : batches) {
-    packed.push_back(packBatch(batch, spec_.vocabSize));
-    labels += packed.back().labelRows;
+    for (const TokenBatch& pass : splitIntoPasses(batch, passTokens)) {
+      packed.push_back(packBatch(pass, spec_.vocabSize));
+      labels += packed.back().labelRows;
+    }
   }
   if (labels == 0) throw Error(code::invalidArgument, "the step has no label tokens");
 
@@ -225,7 +227,9 @@ std::vector<float> Decoder::mergedWeight(const std::string& module) {
   return merged;
 }
 
-MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, Recompute recompute) {
+MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, int64_t maxLength, Recompute recompute) {
+  tokens = std::min(tokens, std::max(passTokens, maxLength));
+  labelTokens = std::min(labelTokens, tokens);
   const auto width = static_cast<int64_t>(sizeOf(device_->computeType()));
   MemoryPlan plan;
   plan.weights = static_cast<size_t>(parameters() * width);

@@ -89,7 +89,8 @@ class Decoder {
   std::vector<int32_t> generate(const GenerateOptions& options, const std::function<void(int32_t)>& onToken);
   // W + scaling B A in float32 [out, in].
   std::vector<float> mergedWeight(const std::string& module);
-  MemoryPlan planMemory(int64_t tokens, int64_t labelTokens, Recompute recompute);
+  // Of a training step; maxLength: of its sequences.
+  MemoryPlan planMemory(int64_t tokens, int64_t labelTokens, int64_t maxLength, Recompute recompute);
 
   // Checked between layers and tokens; the work in progress then throws Error(aborted).
   std::atomic<bool> cancelled{false};

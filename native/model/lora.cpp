@@ -87,14 +87,19 @@ AdapterFactors LoraSet::unpack(const LoraGroup& group, size_t block, const float
   return factors;
 }
 
-std::vector<AdapterFactors> LoraSet::read(Device& device, Array array) const {
-  std::vector<float> host(static_cast<size_t>(count_));
-  device.download(host.data(), pointer(array), host.size() * sizeof(float));
+std::vector<float> LoraSet::download(Device& device, Array array, const LoraGroup& group) const {
+  std::vector<float> host(static_cast<size_t>(group.k * (group.in + group.out)));
+  device.download(host.data(), pointer(array) + group.aOffset, host.size() * sizeof(float));
   device.synchronize();
+  return host;
+}
+
+std::vector<AdapterFactors> LoraSet::read(Device& device, Array array) const {
   std::vector<AdapterFactors> result;
   for (const LoraGroup& group : groups_) {
+    const std::vector<float> host = download(device, array, group);
     for (size_t block = 0; block < group.blocks.size(); ++block) {
-      result.push_back(unpack(group, block, host.data() + group.aOffset, host.data() + group.upOffset));
+      result.push_back(unpack(group, block, host.data(), host.data() + group.k * group.in));
     }
   }
   return result;
@@ -104,9 +109,7 @@ AdapterFactors LoraSet::readModule(Device& device, const std::string& module) co
   for (const LoraGroup& group : groups_) {
     for (size_t block = 0; block < group.blocks.size(); ++block) {
       if (group.blocks[block].module != module) continue;
-      std::vector<float> host(static_cast<size_t>(group.k * (group.in + group.out)));  // a, then up, as they lie on the device
-      device.download(host.data(), pointer(Array::value) + group.aOffset, host.size() * sizeof(float));
-      device.synchronize();
+      const std::vector<float> host = download(device, Array::value, group);
       return unpack(group, block, host.data(), host.data() + group.k * group.in);
     }
   }

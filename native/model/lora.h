@@ -70,6 +70,8 @@ class LoraSet {
 
  private:
   float* pointer(Array array) const;
+  // One group's a and then its up, as they lie on the device.
+  std::vector<float> download(Device& device, Array array, const LoraGroup& group) const;
   // One block's factors from its group's a [k, in] and up [k, out], on the host.
   AdapterFactors unpack(const LoraGroup& group, size_t block, const float* a, const float* up) const;
 

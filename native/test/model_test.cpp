@@ -90,6 +90,43 @@ TEST_CASE("recomputing layers gives the same bits as keeping activations") {
   }
 }
 
+TEST_CASE("a step is cut into even passes between its sequences, whose gradients add up") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const TokenBatch batch = checkpoint.batch({40, 3, 30, 50, 2, 90});
+  const auto lengthsOf = [](const std::vector<TokenBatch>& passes) {
+    std::vector<std::vector<int32_t>> lengths;
+    for (const TokenBatch& pass : passes) {
+      lengths.emplace_back();
+      for (size_t i = 0; i + 1 < pass.sequenceStarts.size(); ++i) {
+        lengths.back().push_back(pass.sequenceStarts[i + 1] - pass.sequenceStarts[i]);
+      }
+    }
+    return lengths;
+  };
+  using Lengths = std::vector<std::vector<int32_t>>;
+  CHECK(lengthsOf(splitIntoPasses(batch, 215)) == Lengths{{40, 3, 30, 50, 2, 90}});
+  CHECK(lengthsOf(splitIntoPasses(batch, 214)) == Lengths{{40, 3, 30, 50}, {2, 90}});
+  CHECK(lengthsOf(splitIntoPasses(batch, 60)) == Lengths{{40, 3}, {30}, {50, 2}, {90}});
+
+  // What is longer than one pass takes, as one batch and as the passes that it is cut into; one row alone exceeds a pass.
+  const auto most = static_cast<int32_t>(passTokens);
+  const TokenBatch large = checkpoint.batch({most - 100, 300, 40, most + 70});
+  std::vector<std::vector<float>> factors;
+  std::vector<StepResult> results;
+  for (const std::vector<TokenBatch>& batches : {std::vector<TokenBatch>{large}, splitIntoPasses(large, passTokens)}) {
+    const auto model = checkpoint.load();
+    model->addLora(checkpoint.modules, 2, 1.5f);
+    model->lora()->write(model->device(), LoraSet::Array::value, RandomCheckpoint(seed + 1).randomFactors(*model));
+    results.push_back(model->trainStep(batches, plainStep()));
+    factors.push_back(flatten(model->lora()->read(model->device(), LoraSet::Array::value)));
+  }
+  CHECK(results[0].loss == results[1].loss);
+  CHECK(results[0].gradNorm == results[1].gradNorm);
+  CHECK(factors[0] == factors[1]);
+}
+
 TEST_CASE("adapters on some modules only leave the others alone") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);

@@ -103,20 +103,23 @@ TEST_CASE("steady steps take the same host memory, and give it back" * doctest::
     Trained trained(DType::f32);
     const std::vector<TokenBatch> batches = {trained.checkpoint.batch(lengths)};
     for (int i = 0; i < warmupSteps; ++i) trained.model->trainStep(batches, smallStep());
-    std::vector<int64_t> calls;
-    std::vector<size_t> inUse;
-    calls.reserve(countedSteps);
-    inUse.reserve(countedSteps);
-    for (int i = 0; i < countedSteps; ++i) {
-      const int64_t before = newCalls.load();
-      trained.model->trainStep(batches, smallStep());
-      calls.push_back(newCalls.load() - before);
-      const auto info = mallinfo2();
-      inUse.push_back(info.uordblks + info.hblkhd);
+    std::vector<int64_t> calls(countedSteps);
+    std::vector<size_t> inUse(countedSteps);
+    const auto same = [](const auto& values) { return std::count(values.begin(), values.end(), values[0]) == countedSteps; };
+    // What other threads give back to malloc may count a step later; steps that take ever more would differ in every try.
+    for (int attempt = 0; attempt < 4 && !(attempt > 0 && same(calls) && same(inUse)); ++attempt) {
+      for (int i = 0; i < countedSteps; ++i) {
+        const auto step = static_cast<size_t>(i);
+        const int64_t before = newCalls.load();
+        trained.model->trainStep(batches, smallStep());
+        calls[step] = newCalls.load() - before;
+        const auto info = mallinfo2();
+        inUse[step] = info.uordblks + info.hblkhd;
+      }
     }
     MESSAGE("calls of operator new in a step of ", batches[0].inputIds.size(), " tokens: ", calls[0]);
-    CHECK(std::count(calls.begin(), calls.end(), calls[0]) == countedSteps);
-    CHECK(std::count(inUse.begin(), inUse.end(), inUse[0]) == countedSteps);
+    CHECK(same(calls));
+    CHECK(same(inUse));
   }
 }
 
@@ -165,6 +168,6 @@ TEST_CASE("a step's arena is as large as recorded") {
     Trained trained(shape.type);
     CAPTURE(nameOf(shape.type));
     CAPTURE(shape.tokens);
-    CHECK(trained.model->planMemory(shape.tokens, shape.labels, shape.recompute).activations == shape.bytes);
+    CHECK(trained.model->planMemory(shape.tokens, shape.labels, shape.tokens, shape.recompute).activations == shape.bytes);
   }
 }
