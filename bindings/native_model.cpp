@@ -20,7 +20,8 @@ Napi::Number toNumber(Napi::Env env, int64_t value) {
   return Napi::Number::New(env, static_cast<double>(value));
 }
 
-// Packed copies for forward and backward take twice the weights; half of the free memory is left for everything else.
+// Where the matrix library multiplies: its copies for forward and backward take twice the weights; half of the free memory is
+// left for everything else.
 size_t packBudget(double requested) {
   return requested >= 0 ? static_cast<size_t>(requested) : availableMemory() / 2;
 }
@@ -28,19 +29,27 @@ size_t packBudget(double requested) {
 }  // namespace
 
 Napi::Function NativeModel::define(Napi::Env env) {
-  return DefineClass(
-      env, "NativeModel",
-      {InstanceAccessor<&NativeModel::info>("info"), InstanceMethod<&NativeModel::addLora>("addLora"),
-       InstanceMethod<&NativeModel::removeLora>("removeLora"), InstanceMethod<&NativeModel::readFactors>("readFactors"),
-       InstanceMethod<&NativeModel::writeFactors>("writeFactors"), InstanceMethod<&NativeModel::readMoments>("readMoments"),
-       InstanceMethod<&NativeModel::writeMoments>("writeMoments"), InstanceMethod<&NativeModel::trainStep>("trainStep"),
-       InstanceMethod<&NativeModel::evaluate>("evaluate"), InstanceMethod<&NativeModel::logits>("logits"),
-       InstanceMethod<&NativeModel::planInitialization>("planInitialization"),
-       InstanceMethod<&NativeModel::initialize>("initialize"), InstanceMethod<&NativeModel::collect>("collect"),
-       InstanceMethod<&NativeModel::generate>("generate"), InstanceMethod<&NativeModel::mergedWeight>("mergedWeight"),
-       InstanceMethod<&NativeModel::planMemory>("planMemory"), InstanceMethod<&NativeModel::profile>("profile"),
-       InstanceMethod<&NativeModel::resetProfile>("resetProfile"), InstanceMethod<&NativeModel::cancel>("cancel"),
-       InstanceMethod<&NativeModel::dispose>("dispose")});
+  return DefineClass(env, "NativeModel",
+                     {InstanceAccessor<&NativeModel::info>("info"),
+                      InstanceMethod<&NativeModel::addLora>("addLora"),
+                      InstanceMethod<&NativeModel::removeLora>("removeLora"),
+                      InstanceMethod<&NativeModel::readFactors>("readFactors"),
+                      InstanceMethod<&NativeModel::writeFactors>("writeFactors"),
+                      InstanceMethod<&NativeModel::readMoments>("readMoments"),
+                      InstanceMethod<&NativeModel::writeMoments>("writeMoments"),
+                      InstanceMethod<&NativeModel::trainStep>("trainStep"),
+                      InstanceMethod<&NativeModel::evaluate>("evaluate"),
+                      InstanceMethod<&NativeModel::logits>("logits"),
+                      InstanceMethod<&NativeModel::planInitialization>("planInitialization"),
+                      InstanceMethod<&NativeModel::initialize>("initialize"),
+                      InstanceMethod<&NativeModel::collect>("collect"),
+                      InstanceMethod<&NativeModel::generate>("generate"),
+                      InstanceMethod<&NativeModel::mergedWeight>("mergedWeight"),
+                      InstanceMethod<&NativeModel::planMemory>("planMemory"),
+                      InstanceMethod<&NativeModel::profile>("profile"),
+                      InstanceMethod<&NativeModel::resetProfile>("resetProfile"),
+                      InstanceMethod<&NativeModel::cancel>("cancel"),
+                      InstanceMethod<&NativeModel::dispose>("dispose")});
 }
 
 template <class Work>
@@ -81,13 +90,15 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
             return {toNumber(env, done), toNumber(env, total)};
           });
         });
-        return [self, device, parameters = state.engine.model->parameters()](Napi::Env env) -> Napi::Value {
+        const Decoder& model = *state.engine.model;
+        return [self, device, parameters = model.parameters(),
+                weightBytes = static_cast<int64_t>(model.weightBytes())](Napi::Env env) -> Napi::Value {
           auto description = Napi::Object::New(env);
           description.Set("device", "cpu");
           description.Set("dtype", nameOf(device.computeType));
           description.Set("threads", device.threads > 0 ? device.threads : physicalCores());
           description.Set("parameters", toNumber(env, parameters));
-          description.Set("weightBytes", toNumber(env, parameters * static_cast<int64_t>(sizeOf(device.computeType))));
+          description.Set("weightBytes", toNumber(env, weightBytes));
           self->info_ = Napi::Persistent(description);
           return self->Value();
         };

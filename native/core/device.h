@@ -49,6 +49,7 @@ class Weight {
   virtual ~Weight() = default;
   int64_t out = 0;
   int64_t in = 0;
+  size_t bytes = 0;  // that its layouts take, mapped pages included
 };
 
 // Where a frozen weight comes from: mapped file pages (see core/mapped_file.h).

@@ -189,6 +189,7 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
       if (part.release) part.release();
     }
   }
+  weight->bytes = static_cast<size_t>(weight->out) * weight->rowBytes();
   if (!hasPanels()) packForLibrary(parts, uses, *weight);
   return weight;
 }
@@ -207,7 +208,9 @@ void CpuDevice::packForLibrary(const std::vector<HostTensor>& parts, WeightUses 
     weight.packedInputGrad = allocate(gradBytes, "packed weight " + parts.front().name);
     products_->pack(weight.out, weight.in, computeType_, rows, Layout::rowMajor, weight.packedInputGrad.get());
   }
+  weight.bytes += forwardBytes + gradBytes;
   if (!uses.lookup) {
+    weight.bytes = forwardBytes + gradBytes;
     weight.parts.clear();
     weight.copy.reset();
     for (const HostTensor& part : parts) {

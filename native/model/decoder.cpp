@@ -230,9 +230,8 @@ std::vector<float> Decoder::mergedWeight(const std::string& module) {
 MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, int64_t maxLength, Recompute recompute) {
   tokens = std::min(tokens, std::max(passTokens, maxLength));
   labelTokens = std::min(labelTokens, tokens);
-  const auto width = static_cast<int64_t>(sizeOf(device_->computeType()));
   MemoryPlan plan;
-  plan.weights = static_cast<size_t>(parameters() * width);
+  plan.weights = weights_.bytes;
   Arena arena;
   layoutStep(arena, spec_, device_->computeType(), lora_ ? &*lora_ : nullptr,
              {roundRows(tokens), roundRows(labelTokens), recompute == Recompute::layer ? Keep::layerInputs : Keep::all, true});

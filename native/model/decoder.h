@@ -57,6 +57,7 @@ class Decoder {
   const DecoderSpec& spec() const { return spec_; }
   Device& device() { return *device_; }
   int64_t parameters() const { return weights_.parameters; }
+  size_t weightBytes() const { return weights_.bytes; }
   LoraSet* lora() { return lora_ ? &*lora_ : nullptr; }
   // All groups of linear modules in layer order, as LoraSet indexes them.
   const std::vector<const Projection*>& projections() const { return projections_; }

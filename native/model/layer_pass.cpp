@@ -60,8 +60,7 @@ size_t Decoder::collectionBytes(PackedBatch batch, bool layerByLayer) const {
 }
 
 size_t Decoder::residentBytes() const {
-  const size_t weights = static_cast<size_t>(weights_.parameters) * sizeOf(device_->computeType());
-  return std::max(residentMemory(), processBytes_ + weights + (lora_ ? lora_->bytes() : 0));
+  return std::max(residentMemory(), processBytes_ + weights_.bytes + (lora_ ? lora_->bytes() : 0));
 }
 
 }  // namespace lora_da

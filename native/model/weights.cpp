@@ -34,7 +34,9 @@ class Loader {
 
   std::unique_ptr<Weight> matrix(const std::string& name, int64_t rows, int64_t cols, WeightUses uses) {
     weights_.parameters += rows * cols;
-    return device_.prepare({files_.tensor(name, {rows, cols})}, uses);
+    auto weight = device_.prepare({files_.tensor(name, {rows, cols})}, uses);
+    weights_.bytes += weight->bytes;
+    return weight;
   }
 
   Projection projection(const std::string& prefix, const std::vector<LinearSpec>& linears, size_t index) {
@@ -51,6 +53,7 @@ class Loader {
     }
     group.weight = device_.prepare(parts, {true, index != 0, false});  // nothing trainable lies below the first group
     weights_.parameters += group.out * group.in;
+    weights_.bytes += group.weight->bytes;
     if (biased) group.bias = bias(prefix, linears, group);
     return group;
   }

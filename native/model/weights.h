@@ -52,6 +52,7 @@ struct DecoderWeights {
   Buffer finalNorm;
   std::vector<LayerWeights> layers;
   int64_t parameters = 0;
+  size_t bytes = 0;  // of the matrices as the device holds them
 
   const Weight& head() const { return separateHead ? *separateHead : *embedding; }
 };
