@@ -148,7 +148,8 @@ TEST_CASE("an initialization that does not fit says what it needs and leaves the
   CHECK(flatten(model->lora()->read(model->device(), LoraSet::Array::value)) == flatten(start));
 }
 
-TEST_CASE("the fastest plan that fits is taken, with as many streams kept as fit") {
+// Plans count what the process holds, so that budgets a few MB apart tell nothing while freed memory rests.
+TEST_CASE("the fastest plan that fits is taken, with as many streams kept as fit" * doctest::skip(!ownHeap)) {
   RandomCheckpoint checkpoint(freshSeed(), 5);
   const auto model = checkpoint.load();
   // A stream of 2^16 tokens takes 6 MB; nothing is computed here.

@@ -24,12 +24,7 @@ std::atomic<int64_t> newCalls{0};
 
 }  // namespace
 
-// AddressSanitizer has an operator new and a heap of its own, where freed memory rests before it is used again.
-#ifdef __SANITIZE_ADDRESS__
-constexpr bool ownHeap = false;
-#else
-constexpr bool ownHeap = true;
-
+#ifndef __SANITIZE_ADDRESS__
 // Replacements of the global operators count what the process takes with new. Not inlined: GCC would see free() meet new.
 __attribute__((noinline)) void* operator new(std::size_t bytes) {
   newCalls.fetch_add(1, std::memory_order_relaxed);

@@ -19,6 +19,14 @@ inline std::unique_ptr<Device> cpuDevice(DType computeType, int threads = 2, siz
   return makeDevice(options);
 }
 
+// False where AddressSanitizer has an operator new and a heap of its own: freed memory rests before it is used again, and the
+// process grows meanwhile.
+#ifdef __SANITIZE_ADDRESS__
+inline constexpr bool ownHeap = false;
+#else
+inline constexpr bool ownHeap = true;
+#endif
+
 // Fresh numbers each run, so that no test passes for one lucky draw; doctest prints the seed on failure through INFO.
 inline uint64_t freshSeed() {
   return std::random_device{}();
