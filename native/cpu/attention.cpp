@@ -132,7 +132,7 @@ constexpr size_t aligned(size_t bytes) {
 void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, const Sequences& sequences,
                           const AttentionShape& shape, const Matrix& out, float* lse) {
   requireShape(shape, q, k);
-  const TypedKernels& typed = q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32;
+  const TypedKernels& kernels = typed(q.dtype);
   const std::vector<int32_t>& starts = sequences.hostStarts;
 
   // Scratch: the tasks, then each thread's working memory, which the task with the most keys sizes.
@@ -147,7 +147,7 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
   int64_t taskCount = 0, floats = 0;
   overTasks([&](const Task& task) {
     ++taskCount;
-    floats = std::max(floats, typed.attentionScratch(groupOf(task, q, k, v, shape)));
+    floats = std::max(floats, kernels.attentionScratch(groupOf(task, q, k, v, shape)));
   });
   const size_t taskBytes = aligned(static_cast<size_t>(taskCount) * sizeof(Task));
   const size_t threadBytes = aligned(static_cast<size_t>(floats) * sizeof(float));
@@ -161,8 +161,8 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
   for (int64_t i = 0; i < taskCount; ++i) {
     const Task& task = tasks[i];
     float* own = reinterpret_cast<float*>(memory + taskBytes + threadBytes * static_cast<size_t>(omp_get_thread_num()));
-    typed.attentionGroup(groupOf(task, q, k, v, shape), at(out, task.firstRow, queryColumn(task, shape)), out.stride,
-                         lseOf(lse, task, shape), shape.heads, own);
+    kernels.attentionGroup(groupOf(task, q, k, v, shape), at(out, task.firstRow, queryColumn(task, shape)), out.stride,
+                           lseOf(lse, task, shape), shape.heads, own);
   }
 
   const int64_t padding = starts.empty() ? 0 : starts.back();
@@ -262,7 +262,7 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
                               const Matrix& dout, const Sequences& sequences, const AttentionShape& shape, const Matrix& dq,
                               const Matrix& dk, const Matrix& dv) {
   requireShape(shape, q, k);
-  const TypedKernels& typed = q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32;
+  const TypedKernels& kernels = typed(q.dtype);
   const GradPlan plan{q, k, v, sequences, shape};
 
   // Scratch: a wave's key heads, its tasks in the order in which parts are added, the same sorted by cost, its parts, and each
@@ -277,7 +277,7 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
     for (; first < wave.end; ++first) {
       plan.overTasks(plan.keyHead(first), [&](const Task& task) {
         const int64_t own = plan.alone(task) ? 2 * plan.partFloats(task) : 0;
-        floats = std::max(floats, own + typed.attentionGradScratch(plan.group(task)));
+        floats = std::max(floats, own + kernels.attentionGradScratch(plan.group(task)));
       });
     }
   }
@@ -321,9 +321,9 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
         const int64_t partFloats = plan.partFloats(task);
         float* part = task.part == noPart ? own : parts + task.part;
         float* scratch = task.part == noPart ? own + 2 * partFloats : own;
-        typed.attentionGroupGrad(plan.group(task), at(out, task.firstRow, column), at(dout, task.firstRow, column), out.stride,
-                                 dout.stride, lseOf(lse, task, shape), shape.heads, at(dq, task.firstRow, column), dq.stride,
-                                 part, part + partFloats, scratch);
+        kernels.attentionGroupGrad(plan.group(task), at(out, task.firstRow, column), at(dout, task.firstRow, column), out.stride,
+                                   dout.stride, lseOf(lse, task, shape), shape.heads, at(dq, task.firstRow, column), dq.stride,
+                                   part, part + partFloats, scratch);
         if (task.part == noPart) plan.storeKeyGrads(task, kernels_, part, dk, dv);
       }
       for (int64_t i = 0; i < keyHeadCount; ++i) {
@@ -346,7 +346,7 @@ void CpuDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matri
   requireShape(shape, q, keys);
   const size_t scoreBytes = aligned(static_cast<size_t>(keys.rows) * sizeof(float));
   char* memory = static_cast<char*>(scratch(scoreBytes * static_cast<size_t>(threads_)));
-  const auto attentionCachedHead = (q.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).attentionCachedHead;
+  const auto attentionCachedHead = typed(q.dtype).attentionCachedHead;
   const int32_t group = shape.heads / shape.kvHeads;
 #pragma omp parallel for num_threads(threads_) schedule(static)
   for (int32_t h = 0; h < shape.heads; ++h) {

@@ -91,7 +91,8 @@ class CpuDevice : public Device {
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
 
  private:
-  const TypedKernels& typed() const { return computeType_ == DType::bf16 ? kernels_.bf16 : kernels_.f32; }
+  const TypedKernels& typed(DType type) const { return type == DType::bf16 ? kernels_.bf16 : kernels_.f32; }
+  const TypedKernels& typed() const { return typed(computeType_); }
   // Scratch that grows to the largest request and is then reused: nothing is allocated in a steady step.
   struct Scratch {
     Buffer memory;

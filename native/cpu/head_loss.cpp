@@ -13,7 +13,6 @@ namespace {
 constexpr size_t chunkBytes = size_t{52} << 20;
 constexpr int64_t fewestRows = 96;
 constexpr int64_t libraryChunkRows = 128;
-constexpr int64_t rowGrain = 24;
 
 // Floats from one row of logits to the next where products read rows that lie apart. Rows a multiple of the page size apart, as
 // those of many vocabularies would be, fall on the same few lines of a cache.
@@ -29,7 +28,7 @@ int64_t CpuDevice::headChunkRows(int64_t rows, int64_t vocabulary) const {
   const int64_t most = std::max(fewestRows, static_cast<int64_t>(chunkBytes / (static_cast<size_t>(vocabulary) * sizeof(float))));
   const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1);
   const int64_t even = (rows + chunks - 1) / chunks;
-  return std::min(rows, (even + rowGrain - 1) / rowGrain * rowGrain);
+  return std::min(rows, (even + panelRowGrain - 1) / panelRowGrain * panelRowGrain);
 }
 
 // The gradient takes the place of its logits, row by row, where products read rows that lie apart.

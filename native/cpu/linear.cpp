@@ -17,8 +17,6 @@ namespace {
 
 // A panel of this depth and its rows of the left operand stay in the second-level cache; deeper products are added up in y.
 constexpr int64_t depthBlock = 4096;
-// A multiple of every tile's height.
-constexpr int64_t rowGrain = 24;
 // Threads share the columns of an outer sum, and the outputs of a single row, in multiples of these.
 constexpr int64_t columnGrain = 64;
 constexpr int64_t outputGrain = 16;
@@ -71,7 +69,6 @@ void packInputGrad(const TypedKernels& kernels, const CpuWeight& w, int64_t dept
       }
     }
     partStart = partEnd;
-    if (depth > partStart) continue;
   }
 }
 
@@ -82,6 +79,9 @@ struct PanelJob {
   size_t inputBytes = 0, outputBytes = 0;
   const Matrix* lowRankRight = nullptr;
   Pack pack;  // (depth, depths, col, cols, panel)
+
+  // Depth of one panel: sums that are not kept in float32 are made in one go.
+  int64_t block() const { return product.floatOutput ? std::min(depthBlock, product.depth) : product.depth; }
 };
 
 // Work is cut into whole panels, the last ones also by rows, so that threads end together. Cuts change no sum: each element of y
@@ -89,11 +89,11 @@ struct PanelJob {
 template <class Pack>
 void runPanels(const TypedKernels& kernels, const PanelJob<Pack>& job, int threads, float* memory, size_t threadFloats) {
   const int64_t panels = ceilDiv(job.cols, panelCols);
-  const int64_t pieces = std::clamp<int64_t>(job.product.rows / (4 * rowGrain), 1, threads);
+  const int64_t pieces = std::clamp<int64_t>(job.product.rows / (4 * panelRowGrain), 1, threads);
   const int64_t whole = pieces == 1 ? panels : std::max<int64_t>(0, panels - panels % threads - threads);
   const int64_t units = whole + (panels - whole) * pieces;
-  const int64_t pieceRows = ceilDiv(ceilDiv(job.product.rows, pieces), rowGrain) * rowGrain;
-  const int64_t block = job.product.floatOutput ? depthBlock : job.product.depth;
+  const int64_t pieceRows = ceilDiv(ceilDiv(job.product.rows, pieces), panelRowGrain) * panelRowGrain;
+  const int64_t block = job.block();
 
 #pragma omp parallel num_threads(threads)
   {
@@ -246,7 +246,7 @@ void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias,
     packForward(kernels, w, depth, depths, col, cols, panel);
   };
   const PanelJob<decltype(pack)> job{product, w.out, sizeOf(x.dtype), sizeOf(y.dtype), up, pack};
-  const size_t floats = panelFloats(x.cols, product.lowRankDepth);
+  const size_t floats = panelFloats(job.block(), product.lowRankDepth);
   runPanels(kernels, job, threads_, panelScratch(floats), floats);
 }
 
@@ -260,7 +260,7 @@ void CpuDevice::linearInputGrad(const Matrix& dy, const Weight& weight, const Ma
     packInputGrad(kernels, w, depth, depths, col, cols, panel);
   };
   const PanelJob<decltype(pack)> job{product, w.in, sizeOf(dy.dtype), sizeOf(dx.dtype), a, pack};
-  const size_t floats = panelFloats(std::min(dy.cols, product.floatOutput ? depthBlock : dy.cols), product.lowRankDepth);
+  const size_t floats = panelFloats(job.block(), product.lowRankDepth);
   runPanels(kernels, job, threads_, panelScratch(floats), floats);
 }
 
@@ -275,7 +275,7 @@ void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias
     std::fill(left, left + ceilDiv(lowRank, kernels.stepDepth), 0.0f);
     std::copy_n(down->as<char>(), static_cast<size_t>(lowRank) * sizeOf(down->dtype), reinterpret_cast<char*>(left));
   }
-  const auto fromFloat = (y.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).fromFloat;
+  const auto fromFloat = typed(y.dtype).fromFloat;
 #pragma omp parallel num_threads(threads_)
   {
     int64_t partStart = 0;
@@ -315,12 +315,12 @@ void CpuDevice::thinProduct(const Matrix& a, const Matrix& b, float alpha, const
     float* sums = panelScratch(static_cast<size_t>(c.cols));
     kernels.dotRows(a.data, b.data, b.dtype, b.stride, c.cols, depth, sums);
     kernels_.scaleRow(alpha, sums, c.cols);
-    (c.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).fromFloat(sums, c.data, c.cols);
+    typed(c.dtype).fromFloat(sums, c.data, c.cols);
     return;
   }
   const size_t floats = panelFloats(depth, 0);
   float* memory = panelScratch(floats);
-  const int64_t share = ceilDiv(ceilDiv(a.rows, threads_), rowGrain) * rowGrain;
+  const int64_t share = ceilDiv(ceilDiv(a.rows, threads_), panelRowGrain) * panelRowGrain;
 #pragma omp parallel for num_threads(threads_) schedule(static)
   for (int thread = 0; thread < threads_; ++thread) {
     const int64_t first = thread * share, rows = std::min(share, a.rows - first);

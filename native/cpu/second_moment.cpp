@@ -20,7 +20,7 @@ int64_t panelsOf(int64_t cols) {
 
 void CpuDevice::secondMoment(const Matrix& x, const Matrix& z) {
   if (!kernels_.addMoment) return blasSecondMoment(x, z);
-  const auto momentPanel = (x.dtype == DType::bf16 ? kernels_.bf16 : kernels_.f32).momentPanel;
+  const auto momentPanel = typed(x.dtype).momentPanel;
   const int64_t panels = panelsOf(x.cols), panelDoubles = blockRows * momentPanelCols;
   auto* memory = static_cast<double*>(scratch(static_cast<size_t>(panels * panelDoubles) * sizeof(double)));
   const auto colsOf = [&](int64_t panel) { return std::min<int64_t>(momentPanelCols, x.cols - panel * momentPanelCols); };

@@ -42,6 +42,8 @@ inline constexpr int64_t attentionTile = 48;
 
 // Columns of a panel (see product_kernels.cpp): three vectors.
 inline constexpr int64_t panelCols = 48;
+// A multiple of the height of every tile that a panel is multiplied in.
+inline constexpr int64_t panelRowGrain = 24;
 
 // y [rows, cols] = scale * (x panel + lowRank panel') + bias + residual, or the same added to y's float32 values, for
 // the columns of one panel. x [rows, depth], lowRank [rows, lowRankDepth] and y (unless floatOutput) are in the compute type.

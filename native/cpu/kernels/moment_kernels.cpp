@@ -31,7 +31,7 @@ void momentPanel(const void* x, int64_t rows, int64_t stride, int64_t cols, doub
   }
 }
 
-// z [8, 24] += left^T right over the rows of two panels, left's from column `col` on.
+// sum [8, 24] += left^T right over the rows of two panels; of left's, the 8 columns that it points at.
 KERNEL_INLINE void addTile(const double* left, const double* right, int64_t rows, VecDouble (&sum)[doubles][vectors]) {
   for (int64_t t = 0; t < rows; ++t) {
     VecDouble columns[vectors];
