@@ -70,10 +70,12 @@ struct WeightUses {
   bool lookup = false;     // embed
 };
 
-// The sequences of a packed batch: sequence s has rows [starts[s], starts[s+1]); rows from starts[count] on are padding.
+// The sequences of a packed batch: sequence s has rows [hostStarts[s], hostStarts[s+1]); rows from the last entry on are padding.
+// The same by row lies in device memory, so that work recorded for one batch serves every batch of its shape.
 struct Sequences {
-  const int32_t* starts = nullptr;  // device memory, count + 1 entries
-  std::vector<int32_t> hostStarts;  // the same on the host
+  std::vector<int32_t> hostStarts;    // count + 1 entries
+  const int32_t* rowFirst = nullptr;  // device memory [T]: first row of the row's sequence; of a padding row the row itself
+  const int32_t* rowEnd = nullptr;    // device memory [T]: one past the last row of its sequence; of a padding row the row itself
   int32_t count() const { return static_cast<int32_t>(hostStarts.size()) - 1; }
 };
 
@@ -121,12 +123,25 @@ struct AdamWStep {
 
 enum class Transpose { no, yes };
 
+// Bytes of the memory that the device works in.
+struct DeviceMemory {
+  size_t held = 0;  // by this process
+  size_t free = 0;  // that can still be had; 0 where unknown
+};
+
 class Device {
  public:
   virtual ~Device() = default;
 
   virtual std::string name() const = 0;
   virtual DType computeType() const = 0;
+  // Tokens of one pass through the model that keep the device busy; a step of more is cut into passes.
+  virtual int64_t passTokens() const = 0;
+
+  // Enqueues what body enqueues, which may be replayed from a recording of the same work: a device that records calls body once
+  // to see what it asks for, and once more when it is new. Body calls operations that enqueue, in the same order and on the
+  // same memory each time; it neither uploads, downloads, allocates nor synchronizes.
+  virtual void recorded(const std::function<void()>& body) = 0;
 
   // --- memory -------------------------------------------------------------------------------------------------
   virtual Buffer allocate(size_t bytes, const std::string& purpose) = 0;  // 64-byte aligned, contents undefined
@@ -136,6 +151,9 @@ class Device {
   virtual void synchronize() = 0;
   // Bytes that the device's own scratch grows to in a step with so many label rows and this vocabulary.
   virtual size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const = 0;
+  // The same for secondMoment over so many rows of this width.
+  virtual size_t momentWorkspaceBytes(int64_t rows, int64_t width) const = 0;
+  virtual DeviceMemory memory() const = 0;
 
   // --- products -----------------------------------------------------------------------------------------------
   // One weight from `parts`, modules that read the same input, stacked along their outputs: W [sum of rows, in].
@@ -184,10 +202,12 @@ class Device {
   // gateUp, in place: becomes the gradient w.r.t. itself, from dh [T, I]; h [T, I] = gatedMlp's result again. All in the compute
   // type.
   virtual void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) = 0;
-  // y [rows, H]: row i = x[index[i]]; x and y of one type, any.
+  // y [rows, H]: row i = x[index[i]], or zeros where index[i] is negative; x and y of one type, any.
   virtual void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) = 0;
-  // y[index[i]] += x[i], float32; no index repeats.
+  // y[index[i]] += x[i], float32; no index repeats, a negative one takes its row nowhere.
   virtual void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) = 0;
+  // x float32, in place: what lies outside of its columns first .. first + count - 1 becomes zero.
+  virtual void keepColumns(const Matrix& x, int64_t first, int64_t count) = 0;
   // y = x in y's type (float32 <-> compute type, or the same).
   virtual void convert(const Matrix& x, const Matrix& y) = 0;
 
@@ -216,8 +236,9 @@ class Device {
   // norm[0] = L2 norm of all gradients, summed in double in a fixed order.
   virtual void gradNorm(const std::vector<Parameter>& parameters, double* norm) = 0;
   // One AdamW update with gradients scaled by min(1, maxGradNorm / (norm + 1e-6)); refreshes shadows. Does nothing where `norm`
-  // or `loss` is not finite, so that the last good factors survive.
-  virtual void adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm, const double* loss) = 0;
+  // or `loss` is not finite, so that the last good factors survive. `step` [1] is in device memory: only its values change from
+  // step to step, not the work.
+  virtual void adamw(const std::vector<Parameter>& parameters, const AdamWStep* step, const double* norm, const double* loss) = 0;
 
   // --- dense float64 algebra of the initializations (arrays are row-major and contiguous; symmetric ones hold both triangles)
   // --- a [n, n] = its Cholesky factor in the lower triangle (upper undefined). Returns 0, or the 1-based order of the first

@@ -186,6 +186,10 @@ void ProfiledDevice::scatterAddRows(const Matrix& x, const int32_t* index, const
   timed("scatterAddRows", {0, 3 * bytesOf(x)}, [&] { device_->scatterAddRows(x, index, y); });
 }
 
+void ProfiledDevice::keepColumns(const Matrix& x, int64_t first, int64_t count) {
+  timed("keepColumns", {0, bytesOf(x)}, [&] { device_->keepColumns(x, first, count); });
+}
+
 void ProfiledDevice::convert(const Matrix& x, const Matrix& y) {
   timed("convert", {0, bytesOf(x) + bytesOf(y)}, [&] { device_->convert(x, y); });
 }
@@ -231,7 +235,7 @@ void ProfiledDevice::gradNorm(const std::vector<Parameter>& parameters, double* 
 }
 
 // Reads the gradient; reads and writes the value and both moments.
-void ProfiledDevice::adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm,
+void ProfiledDevice::adamw(const std::vector<Parameter>& parameters, const AdamWStep* step, const double* norm,
                            const double* loss) {
   timed("adamw", {0, 7 * sizeof(float) * parameterCount(parameters)}, [&] { device_->adamw(parameters, step, norm, loss); });
 }

@@ -29,6 +29,9 @@ class ProfiledDevice : public Device {
 
   std::string name() const override { return device_->name(); }
   DType computeType() const override { return device_->computeType(); }
+  int64_t passTokens() const override { return device_->passTokens(); }
+  // Operation by operation: a recording replayed as a whole could not be timed in parts.
+  void recorded(const std::function<void()>& body) override { body(); }
 
   Buffer allocate(size_t bytes, const std::string& purpose) override;
   void upload(void* device, const void* host, size_t bytes) override;
@@ -38,6 +41,8 @@ class ProfiledDevice : public Device {
   size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override {
     return device_->workspaceBytes(labelRows, vocabulary);
   }
+  size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override { return device_->momentWorkspaceBytes(rows, width); }
+  DeviceMemory memory() const override { return device_->memory(); }
 
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
   void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
@@ -62,6 +67,7 @@ class ProfiledDevice : public Device {
   void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) override;
   void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
+  void keepColumns(const Matrix& x, int64_t first, int64_t count) override;
   void convert(const Matrix& x, const Matrix& y) override;
 
   void attention(const Matrix& q, const Matrix& k, const Matrix& v, const Sequences& sequences, const AttentionShape& shape,
@@ -77,7 +83,7 @@ class ProfiledDevice : public Device {
   void sumLosses(const float* losses, const float* scale, int64_t count, double* total) override;
 
   void gradNorm(const std::vector<Parameter>& parameters, double* norm) override;
-  void adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm, const double* loss) override;
+  void adamw(const std::vector<Parameter>& parameters, const AdamWStep* step, const double* norm, const double* loss) override;
 
   int64_t choleskyFactor(double* a, int64_t n) override;
   void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) override;

@@ -21,6 +21,9 @@ class CpuDevice : public Device {
 
   std::string name() const override { return "cpu"; }
   DType computeType() const override { return computeType_; }
+  // Activations of more would leave the caches and take memory; weights are read for enough rows at a time already.
+  int64_t passTokens() const override { return 1536; }
+  void recorded(const std::function<void()>& body) override { body(); }
 
   // memory.cpp
   Buffer allocate(size_t bytes, const std::string& purpose) override;
@@ -29,7 +32,9 @@ class CpuDevice : public Device {
   void zero(void* device, size_t bytes) override;
   void synchronize() override {}
   size_t workspaceBytes(int64_t labelRows,
-                        int64_t vocabulary) const override;  // head_loss.cpp: the head's chunk is the largest user
+                        int64_t vocabulary) const override;                 // head_loss.cpp: the head's chunk is the largest user
+  size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;  // second_moment.cpp
+  DeviceMemory memory() const override;
 
   // linear.cpp
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
@@ -60,6 +65,7 @@ class CpuDevice : public Device {
   void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) override;
   void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
+  void keepColumns(const Matrix& x, int64_t first, int64_t count) override;
   void convert(const Matrix& x, const Matrix& y) override;
 
   // attention.cpp
@@ -78,7 +84,7 @@ class CpuDevice : public Device {
 
   // optimizer.cpp
   void gradNorm(const std::vector<Parameter>& parameters, double* norm) override;
-  void adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm, const double* loss) override;
+  void adamw(const std::vector<Parameter>& parameters, const AdamWStep* step, const double* norm, const double* loss) override;
 
   // dense.cpp
   int64_t choleskyFactor(double* a, int64_t n) override;

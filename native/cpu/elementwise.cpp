@@ -1,4 +1,5 @@
 // Elementwise operations of the CPU device: rows are shared among the threads, each row is one call of a kernel.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -121,12 +122,27 @@ void CpuDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const 
 
 void CpuDevice::gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) {
   const size_t bytes = static_cast<size_t>(y.cols) * sizeOf(y.dtype);
-  overRows(y.rows, threads_, [&](int64_t i) { std::memcpy(rowOf(y, i), rowOf(x, index[i]), bytes); });
+  overRows(y.rows, threads_, [&](int64_t i) {
+    if (index[i] < 0)
+      std::memset(rowOf(y, i), 0, bytes);
+    else
+      std::memcpy(rowOf(y, i), rowOf(x, index[i]), bytes);
+  });
 }
 
 void CpuDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) {
   const auto addRow = kernels_.addRow;
-  overRows(x.rows, threads_, [&](int64_t i) { addRow(floatRow(x, i), floatRow(y, index[i]), x.cols); });
+  overRows(x.rows, threads_, [&](int64_t i) {
+    if (index[i] >= 0) addRow(floatRow(x, i), floatRow(y, index[i]), x.cols);
+  });
+}
+
+void CpuDevice::keepColumns(const Matrix& x, int64_t first, int64_t count) {
+  overRows(x.rows, threads_, [&](int64_t i) {
+    float* row = floatRow(x, i);
+    std::fill(row, row + first, 0.0f);
+    std::fill(row + first + count, row + x.cols, 0.0f);
+  });
 }
 
 void CpuDevice::convert(const Matrix& x, const Matrix& y) {

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "core/memory_info.h"
 #include "cpu/cpu_device.h"
 
 namespace lora_da::cpu {
@@ -31,6 +32,10 @@ Buffer CpuDevice::allocate(size_t bytes, const std::string& purpose) {
   if (large) madvise(memory, rounded, MADV_HUGEPAGE);  // advice: without it the memory is slower, not wrong
 #endif
   return Buffer(memory, [](void* p) { std::free(p); });
+}
+
+DeviceMemory CpuDevice::memory() const {
+  return {residentMemory(), availableMemory()};
 }
 
 void CpuDevice::upload(void* device, const void* host, size_t bytes) {

@@ -55,18 +55,18 @@ void CpuDevice::gradNorm(const std::vector<Parameter>& parameters, double* norm)
   norm[0] = std::sqrt(sum);
 }
 
-void CpuDevice::adamw(const std::vector<Parameter>& parameters, const AdamWStep& step, const double* norm, const double* loss) {
+void CpuDevice::adamw(const std::vector<Parameter>& parameters, const AdamWStep* step, const double* norm, const double* loss) {
   if (!std::isfinite(norm[0]) || !std::isfinite(loss[0])) return;
   double gradScale = 1;
-  if (step.maxGradNorm > 0) gradScale = std::fmin(1.0, static_cast<double>(step.maxGradNorm) / (norm[0] + 1e-6));
-  const double exponent = static_cast<double>(step.step);
-  const double biasCorrection1 = 1.0 - std::pow(static_cast<double>(step.beta1), exponent);
-  const double biasCorrection2 = 1.0 - std::pow(static_cast<double>(step.beta2), exponent);
+  if (step->maxGradNorm > 0) gradScale = std::fmin(1.0, static_cast<double>(step->maxGradNorm) / (norm[0] + 1e-6));
+  const double exponent = static_cast<double>(step->step);
+  const double biasCorrection1 = 1.0 - std::pow(static_cast<double>(step->beta1), exponent);
+  const double biasCorrection2 = 1.0 - std::pow(static_cast<double>(step->beta2), exponent);
   const auto adamw = kernels_.adamw;
   overChunks(parameters, threads_, [&](const Parameter& parameter, int64_t first, int64_t count, int64_t) {
     uint16_t* shadow = parameter.shadow ? static_cast<uint16_t*>(parameter.shadow) + first : nullptr;
     adamw(parameter.value + first, parameter.grad + first, parameter.firstMoment + first, parameter.secondMoment + first, shadow,
-          count, step, static_cast<float>(gradScale), static_cast<float>(biasCorrection1), static_cast<float>(biasCorrection2));
+          count, *step, static_cast<float>(gradScale), static_cast<float>(biasCorrection1), static_cast<float>(biasCorrection2));
   });
 }
 

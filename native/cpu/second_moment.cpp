@@ -18,6 +18,11 @@ int64_t panelsOf(int64_t cols) {
 
 }  // namespace
 
+size_t CpuDevice::momentWorkspaceBytes(int64_t rows, int64_t width) const {
+  const int64_t doubles = kernels_.addMoment ? panelsOf(width) * blockRows * momentPanelCols : rows * width;
+  return static_cast<size_t>(doubles) * sizeof(double);
+}
+
 void CpuDevice::secondMoment(const Matrix& x, const Matrix& z) {
   if (!kernels_.addMoment) return blasSecondMoment(x, z);
   const auto momentPanel = typed(x.dtype).momentPanel;

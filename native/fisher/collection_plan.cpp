@@ -5,7 +5,6 @@
 #include <string>
 
 #include "core/error.h"
-#include "core/memory_info.h"
 
 namespace lora_da {
 
@@ -45,7 +44,6 @@ size_t solveBytes(Decoder& model, const CollectionWork& work) {
   return (method + inverse + gradient) * static_cast<size_t>(model.device().concurrency(order));
 }
 
-// The rows of an input moment's group are widened to float64.
 size_t deviceBytes(Decoder& model, const CollectionWork& work) {
   int64_t rows = 0, labels = 0, in = 0;
   for (const PackedBatch& batch : work.batches) {
@@ -55,7 +53,7 @@ size_t deviceBytes(Decoder& model, const CollectionWork& work) {
   for (size_t i = 0; i < work.wanted.size(); ++i) {
     if (work.wanted[i]) in = std::max(in, model.projections()[i]->in);
   }
-  return std::max(bytesOf(rows * in, sizeof(double)), model.device().workspaceBytes(labels, model.spec().vocabSize));
+  return std::max(model.device().momentWorkspaceBytes(rows, in), model.device().workspaceBytes(labels, model.spec().vocabSize));
 }
 
 size_t activationBytes(Decoder& model, const CollectionWork& work, bool layerByLayer) {
@@ -144,7 +142,7 @@ CollectionPlan layerMajorPlan(Decoder& model, const CollectionWork& work, int64_
 }
 
 CollectionPlan chooseCollectionPlan(Decoder& model, const CollectionWork& work, const CollectionRequest& request) {
-  const size_t free = availableMemory();
+  const size_t free = model.device().memory().free;
   size_t budget = request.memoryBudget;
   if (budget == 0 && free > 0)
     budget = model.residentBytes() + static_cast<size_t>(kShareOfFreeMemory * static_cast<double>(free));

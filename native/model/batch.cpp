@@ -57,6 +57,11 @@ PackedBatch packBatch(const TokenBatch& batch, int64_t vocabSize) {
   packed.rows = roundRows(packed.tokens);
   packed.ids.assign(static_cast<size_t>(packed.rows), 0);
   packed.positions.assign(static_cast<size_t>(packed.rows), 0);
+  packed.rowFirst.resize(static_cast<size_t>(packed.rows));
+  packed.rowEnd.resize(static_cast<size_t>(packed.rows));
+  for (int64_t t = packed.tokens; t < packed.rows; ++t) {
+    packed.rowFirst[static_cast<size_t>(t)] = packed.rowEnd[static_cast<size_t>(t)] = static_cast<int32_t>(t);
+  }
   packed.sequences.hostStarts = starts;
   for (size_t sequence = 0; sequence + 1 < starts.size(); ++sequence) {
     const int32_t first = starts[sequence], last = starts[sequence + 1];
@@ -72,6 +77,8 @@ PackedBatch packBatch(const TokenBatch& batch, int64_t vocabSize) {
       }
       packed.ids[i] = id;
       packed.positions[i] = t - first;
+      packed.rowFirst[i] = first;
+      packed.rowEnd[i] = last;
       const int32_t target = t + 1 < last ? batch.labels[i + 1] : noLabel;
       if (target == noLabel) continue;
       if (target < 0 || target >= vocabSize) {
@@ -87,7 +94,7 @@ PackedBatch packBatch(const TokenBatch& batch, int64_t vocabSize) {
   }
   packed.labelRows = static_cast<int64_t>(packed.labelIndex.size());
   packed.paddedLabelRows = roundRows(packed.labelRows);
-  packed.labelIndex.resize(static_cast<size_t>(packed.paddedLabelRows), 0);
+  packed.labelIndex.resize(static_cast<size_t>(packed.paddedLabelRows), -1);
   packed.targets.resize(static_cast<size_t>(packed.paddedLabelRows), 0);
   packed.scaleRows(1.0f);
   return packed;
@@ -111,7 +118,8 @@ void PackedBatch::layout(Arena& arena) {
   deviceLabelIndex = arena.array<int32_t>(paddedLabelRows);
   deviceTargets = arena.array<int32_t>(paddedLabelRows);
   deviceRowScale = arena.array<float>(paddedLabelRows);
-  sequences.starts = arena.array<int32_t>(static_cast<int64_t>(sequences.hostStarts.size()));
+  sequences.rowFirst = arena.array<int32_t>(rows);
+  sequences.rowEnd = arena.array<int32_t>(rows);
 }
 
 void PackedBatch::upload(Device& device) {
@@ -120,7 +128,8 @@ void PackedBatch::upload(Device& device) {
   uploadInto(device, deviceLabelIndex, labelIndex);
   uploadInto(device, deviceTargets, targets);
   uploadInto(device, deviceRowScale, rowScale);
-  uploadInto(device, sequences.starts, sequences.hostStarts);
+  uploadInto(device, sequences.rowFirst, rowFirst);
+  uploadInto(device, sequences.rowEnd, rowEnd);
 }
 
 }  // namespace lora_da

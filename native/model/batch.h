@@ -21,9 +21,10 @@ struct PackedBatch {
   int64_t tokens = 0;     // rows that belong to a sequence
   int64_t labelRows = 0;  // rows that predict a label
   int64_t paddedLabelRows = 0;
-  int64_t maxLength = 0;                                     // of a sequence
-  std::vector<int32_t> ids, positions, labelIndex, targets;  // [T], [T], [paddedLabelRows] twice
-  std::vector<int32_t> labelSequence;                        // [labelRows]: the sequence a label row belongs to
+  int64_t maxLength = 0;                                  // of a sequence
+  std::vector<int32_t> ids, positions, rowFirst, rowEnd;  // [T] each
+  std::vector<int32_t> labelIndex, targets;               // [paddedLabelRows]; index -1 and target 0 for padding
+  std::vector<int32_t> labelSequence;                     // [labelRows]: the sequence a label row belongs to
   std::vector<int32_t> labelsPerSequence;
   std::vector<float> rowScale;  // [paddedLabelRows]: weight of each label row in the loss; 0 for padding
   Sequences sequences;
@@ -44,12 +45,9 @@ struct PackedBatch {
   void upload(Device& device);
 };
 
-// Tokens of one pass of a training step. More in a step go through the model one pass after the other: the gradients add up to
-// the same, while activations take no more than a pass needs and weights are still read for enough rows at a time.
-constexpr int64_t passTokens = 1536;
-
-// The batch cut between sequences into passes of about the same size, in order; only a longer sequence has more than `most`
-// tokens.
+// A training step of more tokens than `most` goes through the model one pass after the other: the gradients add up to the same,
+// while activations take no more than a pass needs. The batch cut between sequences into passes of about the same size, in order;
+// only a longer sequence has more than `most` tokens.
 std::vector<TokenBatch> splitIntoPasses(const TokenBatch& batch, int64_t most);
 
 // Throws Error(invalidArgument) on ids outside the vocabulary, ragged arrays or empty sequences.

@@ -5,14 +5,13 @@
 #include <map>
 
 #include "core/error.h"
-#include "core/memory_info.h"
 #include "model/layers.h"
 
 namespace lora_da {
 
 Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
                  const std::function<void(int64_t, int64_t)>& progress)
-    : spec_(std::move(spec)), processBytes_(residentMemory()), device_(makeDevice(options)), files_(std::move(tensors)) {
+    : spec_(std::move(spec)), device_(makeDevice(options)), heldBefore_(device_->memory().held), files_(std::move(tensors)) {
   weights_ = loadWeights(*device_, spec_, files_, [&](int64_t done, int64_t total) {
     checkCancelled();
     progress(done, total);
@@ -23,6 +22,7 @@ Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const Devi
     }
   }
   totals_ = device_->allocate(2 * sizeof(double), "step totals");
+  optimizerStep_ = device_->allocate(sizeof(AdamWStep), "optimizer step");
 }
 
 void Decoder::checkCancelled() const {
@@ -105,7 +105,7 @@ void Decoder::headForward(const Pass& pass, bool gradient) {
     device_->zero(rounded->data, static_cast<size_t>(batch.rows * spec_.hiddenSize) * sizeOf(rounded->dtype));
   }
   if (batch.labelRows == 0) return;
-  device_->scatterAddRows(buffers.labelGrad.rowRange(0, batch.labelRows), batch.deviceLabelIndex, buffers.normedGrad);
+  device_->scatterAddRows(buffers.labelGrad, batch.deviceLabelIndex, buffers.normedGrad);
   device_->rmsNormGrad(buffers.finalInput.data ? buffers.finalInput : buffers.finalStream, buffers.finalRstd, finalNorm(),
                        buffers.normedGrad, buffers.streamGrad, buffers.roundedGrad());
 }
@@ -122,12 +122,19 @@ void Decoder::backward(const Pass& pass) {
 void Decoder::lossesAndGradients(PackedBatch& batch, const LoraSet* lora, Keep keep, ProjectionObserver* observer) {
   StepBuffers buffers = prepareStep(batch, lora, {batch.rows, batch.paddedLabelRows, keep, true});
   const Pass pass{batch, buffers, lora, keep, rotary_.get(*device_, spec_, batch.maxLength), observer};
-  forward(pass);
-  headForward(pass, true);
-  backward(pass);
-  if (batch.labelRows > 0) {
-    device_->sumLosses(buffers.losses, batch.deviceRowScale, batch.labelRows, static_cast<double*>(totals_.get()));
-  }
+  const auto enqueue = [&] {
+    forward(pass);
+    headForward(pass, true);
+    backward(pass);
+    if (batch.labelRows > 0) {
+      device_->sumLosses(buffers.losses, batch.deviceRowScale, batch.paddedLabelRows, static_cast<double*>(totals_.get()));
+    }
+  };
+  // What an observer does with a batch is its own affair: it may allocate and upload.
+  if (observer)
+    enqueue();
+  else
+    device_->recorded(enqueue);
 }
 
 // --- what callers ask for ------------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ StepResult Decoder::trainStep(const std::vector<TokenBatch>& batches, const Step
   std::vector<PackedBatch> packed;
   int64_t labels = 0;
   for (const TokenBatch& batch : batches) {
-    for (const TokenBatch& pass : splitIntoPasses(batch, passTokens)) {
+    for (const TokenBatch& pass : splitIntoPasses(batch, device_->passTokens())) {
       packed.push_back(packBatch(pass, spec_.vocabSize));
       labels += packed.back().labelRows;
     }
@@ -145,6 +152,7 @@ StepResult Decoder::trainStep(const std::vector<TokenBatch>& batches, const Step
   if (labels == 0) throw Error(code::invalidArgument, "the step has no label tokens");
 
   auto* totals = static_cast<double*>(totals_.get());
+  device_->upload(optimizerStep_.get(), &options.optimizer, sizeof(AdamWStep));
   device_->zero(totals, 2 * sizeof(double));
   lora_->zeroGradients(*device_);
   const Keep keep = options.recompute == Recompute::layer ? Keep::layerInputs : Keep::all;
@@ -153,10 +161,12 @@ StepResult Decoder::trainStep(const std::vector<TokenBatch>& batches, const Step
     lossesAndGradients(batch, &*lora_, keep, nullptr);
   }
   files_.checkIntact();
-  lora_->clearOffBlockGradients(*device_);
   const std::vector<Parameter> parameters = lora_->parameters();
-  device_->gradNorm(parameters, totals + 1);
-  device_->adamw(parameters, options.optimizer, totals + 1, totals);
+  device_->recorded([&] {
+    lora_->clearOffBlockGradients(*device_);
+    device_->gradNorm(parameters, totals + 1);
+    device_->adamw(parameters, static_cast<const AdamWStep*>(optimizerStep_.get()), totals + 1, totals);
+  });
 
   double host[2];
   device_->download(host, totals, sizeof host);
@@ -228,7 +238,7 @@ std::vector<float> Decoder::mergedWeight(const std::string& module) {
 }
 
 MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, int64_t maxLength, Recompute recompute) {
-  tokens = std::min(tokens, std::max(passTokens, maxLength));
+  tokens = std::min(tokens, std::max(device_->passTokens(), maxLength));
   labelTokens = std::min(labelTokens, tokens);
   MemoryPlan plan;
   plan.weights = weights_.bytes;

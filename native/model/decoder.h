@@ -122,16 +122,17 @@ class Decoder {
   const float* finalNorm() const { return static_cast<const float*>(weights_.finalNorm.get()); }
 
   DecoderSpec spec_;
-  size_t processBytes_;  // resident before the weights were
   std::unique_ptr<Device> device_;
+  size_t heldBefore_;  // bytes of the device's memory before the weights
   CheckpointFiles files_;
   DecoderWeights weights_;
   std::vector<const Projection*> projections_;
   std::optional<LoraSet> lora_;
   RotaryTable rotary_;
   Arena arena_;
-  Buffer totals_;      // float64: loss, gradient norm
-  Buffer nextLogits_;  // float32 [vocabulary], for generation
+  Buffer totals_;         // float64: loss, gradient norm
+  Buffer optimizerStep_;  // AdamWStep
+  Buffer nextLogits_;     // float32 [vocabulary], for generation
 };
 
 }  // namespace lora_da

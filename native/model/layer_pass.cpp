@@ -2,7 +2,6 @@
 // before the first goes through the next. What a layer's backward needs is made again from the stream entering it, bit for bit.
 #include <algorithm>
 
-#include "core/memory_info.h"
 #include "model/decoder.h"
 
 namespace lora_da {
@@ -60,7 +59,7 @@ size_t Decoder::collectionBytes(PackedBatch batch, bool layerByLayer) const {
 }
 
 size_t Decoder::residentBytes() const {
-  return std::max(residentMemory(), processBytes_ + weights_.bytes + (lora_ ? lora_->bytes() : 0));
+  return std::max(device_->memory().held, heldBefore_ + weights_.bytes + (lora_ ? lora_->bytes() : 0));
 }
 
 }  // namespace lora_da

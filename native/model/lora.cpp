@@ -58,13 +58,9 @@ void LoraSet::zeroGradients(Device& device) const {
 void LoraSet::clearOffBlockGradients(Device& device) const {
   for (const LoraGroup& group : groups_) {
     for (size_t block = 0; block < group.blocks.size(); ++block) {
-      const int64_t first = group.blocks[block].offset, last = first + group.blocks[block].out;
-      if (group.blocks[block].out == group.out) continue;
-      for (int64_t row = static_cast<int64_t>(block) * rank_; row < (static_cast<int64_t>(block) + 1) * rank_; ++row) {
-        float* gradient = group.upGrad.as<float>() + row * group.out;
-        if (first > 0) device.zero(gradient, static_cast<size_t>(first) * sizeof(float));
-        if (last < group.out) device.zero(gradient + last, static_cast<size_t>(group.out - last) * sizeof(float));
-      }
+      const LoraBlock& module = group.blocks[block];
+      if (module.out == group.out) continue;
+      device.keepColumns(group.upGrad.rowRange(static_cast<int64_t>(block) * rank_, rank_), module.offset, module.out);
     }
   }
 }

@@ -28,6 +28,7 @@ struct Problem {
   TestMatrix qkv, out, dout, dqkv;
   Sequences sequences;
   std::vector<float> lse;
+  std::vector<int32_t> rowFirst, rowEnd;
 
   Problem(const Case& chosen, DType type, std::mt19937_64& random)
       : c(chosen),
@@ -44,7 +45,13 @@ struct Problem {
     out.randomize(random);  // must be overwritten
     dqkv.randomize(random);
     sequences.hostStarts = c.starts;
-    sequences.starts = sequences.hostStarts.data();
+    for (int32_t t = 0; t < rows; ++t) {
+      const auto after = std::upper_bound(c.starts.begin(), c.starts.end(), t);
+      rowFirst.push_back(after == c.starts.end() ? t : *(after - 1));
+      rowEnd.push_back(after == c.starts.end() ? t : *after);
+    }
+    sequences.rowFirst = rowFirst.data();
+    sequences.rowEnd = rowEnd.data();
   }
   Matrix q() const { return qkv.view.columns(0, qCols); }
   Matrix k() const { return qkv.view.columns(qCols, kvCols); }

@@ -111,6 +111,7 @@ TEST_CASE("a step is cut into even passes between its sequences, whose gradients
   CHECK(lengthsOf(splitIntoPasses(batch, 60)) == Lengths{{40, 3}, {30}, {50, 2}, {90}});
 
   // What is longer than one pass takes, as one batch and as the passes that it is cut into; one row alone exceeds a pass.
+  const int64_t passTokens = checkpoint.load()->device().passTokens();
   const auto most = static_cast<int32_t>(passTokens);
   const TokenBatch large = checkpoint.batch({most - 100, 300, 40, most + 70});
   std::vector<std::vector<float>> factors;

@@ -111,7 +111,7 @@ TEST_CASE("adamw takes torch's steps, clips, and refreshes the shadows") {
       double norm = 0;
       device->gradNorm(p.parameters, &norm);
       const double gradScale = maxGradNorm > 0 ? std::min(1.0, static_cast<double>(maxGradNorm) / (norm + 1e-6)) : 1;
-      device->adamw(p.parameters, step, &norm, &loss);
+      device->adamw(p.parameters, &step, &norm, &loss);
       for (Tensor& t : p.tensors) {
         t.expectStep(step, gradScale);
         t.newGrad(random);
@@ -140,7 +140,7 @@ TEST_CASE("adamw works without shadows") {
   AdamWStep step;
   step.learningRate = 1e-3f;
   const double norm = 1, loss = 1;
-  cpuDevice(DType::f32)->adamw({parameter}, step, &norm, &loss);
+  cpuDevice(DType::f32)->adamw({parameter}, &step, &norm, &loss);
   t.expectStep(step, 1);
   for (size_t i = 0; i < 33; ++i) CHECK(t.value[i] == doctest::Approx(t.v[i]).epsilon(1e-6));
 }
@@ -154,7 +154,7 @@ TEST_CASE("adamw changes nothing after a norm or loss that is not finite") {
     const std::vector<float> before = t.value;
     AdamWStep step;
     step.learningRate = 1;
-    cpuDevice(DType::f32)->adamw({t.parameter()}, step, &numbers.norm, &numbers.loss);
+    cpuDevice(DType::f32)->adamw({t.parameter()}, &step, &numbers.norm, &numbers.loss);
     CHECK(t.value == before);
     CHECK(t.firstMoment == std::vector<float>(100, 0.0f));
     CHECK(t.shadow == std::vector<uint16_t>(100, 0));
