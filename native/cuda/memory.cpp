@@ -1,0 +1,71 @@
+// Memory of the CUDA device, and the copies between it and the host.
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "cuda/cuda_device.h"
+#include "cuda/uploads.h"
+
+namespace lora_da::cuda {
+
+namespace {
+
+std::string gigabytes(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) / 1e9);
+  return text;
+}
+
+}  // namespace
+
+Buffer CudaDevice::allocate(size_t bytes, const std::string& purpose) {
+  void* memory = nullptr;
+  const cudaError_t status = cudaMalloc(&memory, bytes == 0 ? 1 : bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it stays otherwise and is found again by the next launch
+    size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    throw Error(code::outOfMemory, "cannot allocate " + gigabytes(bytes) + " on " + name_ + " for " + purpose + ": " +
+                                       gigabytes(free) + " of " + gigabytes(total) +
+                                       " are free; a smaller --batch-size or --max-length, or --recompute layer, takes less");
+  }
+  check(status, "allocating memory");
+  return Buffer(memory, [](void* p) { cudaFree(p); });
+}
+
+DeviceMemory CudaDevice::memory() const {
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for the device's memory");
+  return {total - free, free};
+}
+
+void CudaDevice::upload(void* device, const void* host, size_t bytes) {
+  uploads_->upload(device, host, bytes);
+}
+
+void CudaDevice::download(void* host, const void* device, size_t bytes) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, queue_.stream()), "reading memory back");
+}
+
+void CudaDevice::zero(void* device, size_t bytes) {
+  queue_.fill(device, 0, bytes);
+}
+
+void CudaDevice::synchronize() {
+  queue_.synchronize();
+}
+
+void* CudaDevice::grow(Scratch& scratch, size_t bytes, const char* purpose) {
+  if (bytes > scratch.bytes) {
+    if (scratch.memory) queue_.synchronize();  // what is enqueued may still use it
+    // The old memory goes first, so that both never exist together.
+    scratch.memory.reset();
+    scratch.bytes = 0;
+    scratch.memory = allocate(bytes, purpose);
+    scratch.bytes = bytes;
+  }
+  return scratch.memory.get();
+}
+
+}  // namespace lora_da::cuda
