@@ -142,7 +142,7 @@ std::string blockName() {
 
 std::string stateText(const Thread& thread) {
   switch (thread.state) {
-    case State::ready: return "ready";
+    case State::ready: return "under way";
     case State::atBarrier: return "at " + text(thread.place);
     case State::withWarp: return "at " + text(thread.place);
     case State::exited: return "exited";
