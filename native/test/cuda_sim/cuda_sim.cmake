@@ -17,7 +17,7 @@ endfunction()
 set(CUDA_SIM_FOLDER ${CMAKE_CURRENT_LIST_DIR})
 add_library(cuda_sim STATIC ${CUDA_SIM_FOLDER}/device.cpp ${CUDA_SIM_FOLDER}/fiber.cpp ${CUDA_SIM_FOLDER}/graphs.cpp
             ${CUDA_SIM_FOLDER}/launch.cpp ${CUDA_SIM_FOLDER}/memory.cpp ${CUDA_SIM_FOLDER}/simt.cpp
-            ${CUDA_SIM_FOLDER}/streams.cpp ${CUDA_SIM_FOLDER}/tensor_core.cpp)
+            ${CUDA_SIM_FOLDER}/streams.cpp ${CUDA_SIM_FOLDER}/symbols.cpp ${CUDA_SIM_FOLDER}/tensor_core.cpp)
 target_include_directories(cuda_sim PUBLIC native ${CUDA_SIM_FOLDER})
 target_include_directories(cuda_sim SYSTEM PUBLIC ${CUDA_HEADERS})
 target_compile_options(cuda_sim PRIVATE -O2 -g)

@@ -33,7 +33,7 @@ struct State {
 };
 
 State& state() {
-  static State instance;
+  static auto& instance = *new State;
   return instance;
 }
 
@@ -43,7 +43,7 @@ thread_local int device = 0;
 }  // namespace
 
 std::recursive_mutex& mutex() {
-  static std::recursive_mutex instance;
+  static auto& instance = *new std::recursive_mutex;
   return instance;
 }
 

@@ -3,7 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <set>
+#include <thread>
 
 #include "simulator.h"
 #include "streams.h"
@@ -22,6 +22,7 @@ struct Capture {
   std::unique_ptr<CUgraph_st> graph = std::make_unique<CUgraph_st>();
   CUstream_st* origin = nullptr;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+  std::thread::id thread;
   bool invalid = false;
 };
 
@@ -33,7 +34,7 @@ struct Graphs {
 };
 
 Graphs& graphs() {
-  static Graphs instance;
+  static auto& instance = *new Graphs;
   return instance;
 }
 
@@ -73,18 +74,33 @@ void leaveCapture(const std::shared_ptr<Capture>& capture) {
   }
 }
 
+// Whether a call of this thread that a capture may not hold is a mistake.
+bool forbids(const Capture& capture) {
+  switch (capture.mode) {
+    case cudaStreamCaptureModeGlobal: return true;
+    case cudaStreamCaptureModeThreadLocal: return capture.thread == std::this_thread::get_id();
+    case cudaStreamCaptureModeRelaxed: return false;
+  }
+  return true;
+}
+
 void runNodes(const CUgraph_st& graph) {
-  std::vector<bool> done(graph.nodes.size());
+  std::vector<std::vector<size_t>> followers(graph.nodes.size());
+  std::vector<size_t> waiting(graph.nodes.size());
   std::vector<size_t> runnable;
-  for (size_t left = graph.nodes.size(); left > 0 && blocked() == cudaSuccess; --left) {
-    runnable.clear();
-    for (size_t i = 0; i < graph.nodes.size(); ++i) {
-      const auto& waits = graph.nodes[i].waits;
-      if (!done[i] && std::all_of(waits.begin(), waits.end(), [&](size_t wait) { return done[wait]; })) runnable.push_back(i);
-    }
-    const size_t chosen = runnable[randomBelow(runnable.size())];
+  for (size_t i = 0; i < graph.nodes.size(); ++i) {
+    for (size_t wait : graph.nodes[i].waits) followers[wait].push_back(i);
+    waiting[i] = graph.nodes[i].waits.size();
+    if (waiting[i] == 0) runnable.push_back(i);
+  }
+  while (!runnable.empty() && blocked() == cudaSuccess) {
+    std::swap(runnable[randomBelow(runnable.size())], runnable.back());
+    const size_t chosen = runnable.back();
+    runnable.pop_back();
     if (graph.nodes[chosen].work) graph.nodes[chosen].work();
-    done[chosen] = true;
+    for (size_t follower : followers[chosen]) {
+      if (--waiting[follower] == 0) runnable.push_back(follower);
+    }
   }
 }
 
@@ -98,8 +114,7 @@ cudaError_t invalidateCapture(CUstream_st* stream, cudaError_t error) {
 cudaError_t refuseInCapture() {
   cudaError_t error = cudaSuccess;
   for (CUstream_st* stream : capturingStreams()) {
-    if (stream->capture->mode != cudaStreamCaptureModeRelaxed)
-      error = invalidateCapture(stream, cudaErrorStreamCaptureUnsupported);
+    if (forbids(*stream->capture)) error = invalidateCapture(stream, cudaErrorStreamCaptureUnsupported);
   }
   return error;
 }
@@ -148,6 +163,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   stream->capture = std::make_shared<Capture>();
   stream->capture->origin = stream;
   stream->capture->mode = mode;
+  stream->capture->thread = std::this_thread::get_id();
   stream->capturedLast.clear();
   return cudaSuccess;
 }

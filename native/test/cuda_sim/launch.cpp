@@ -1,14 +1,11 @@
 // Kernel launches: the device's limits, and the names of kernels.
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
-#include <set>
 
 #include "cuda_sim.h"
 #include "simulator.h"
+#include "symbols.h"
 
 namespace cuda_sim {
 
@@ -22,16 +19,8 @@ constexpr unsigned registerFile = 65536;
 constexpr unsigned assumedRegisters = 32;  // of kernels that the table does not name
 
 std::map<const void*, size_t>& raisedSharedLimits() {
-  static std::map<const void*, size_t> instance;
+  static auto& instance = *new std::map<const void*, size_t>;
   return instance;
-}
-
-std::string demangled(const std::string& name) {
-  int status = 0;
-  char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
-  const std::string result = status == 0 ? text : name;
-  std::free(text);
-  return result;
 }
 
 // Registers a thread needs, by the kernel's demangled name: nvcc and the host's compiler mangle anonymous namespaces differently.
@@ -50,16 +39,28 @@ std::map<std::string, unsigned> readRegisterTable() {
   return table;
 }
 
-unsigned registersOf(const void* kernel) {
-  static const std::map<std::string, unsigned> table = readRegisterTable();
-  if (table.empty()) return assumedRegisters;
-  static std::map<const void*, unsigned> known;
-  auto found = known.find(kernel);
-  if (found == known.end()) {
-    const auto entry = table.find(functionName(kernel));
-    found = known.emplace(kernel, entry == table.end() ? assumedRegisters : entry->second).first;
-  }
-  return found->second;
+// What is known of a kernel, found at its first launch.
+struct KernelFacts {
+  std::string name;
+  unsigned registers = assumedRegisters;
+};
+
+std::map<const void*, KernelFacts>& kernels() {
+  static auto& instance = *new std::map<const void*, KernelFacts>;
+  return instance;
+}
+
+const KernelFacts& factsOf(const void* kernel) {
+  const auto found = kernels().find(kernel);
+  if (found != kernels().end()) return found->second;
+  // Read anew for the first kernel after a reset.
+  static auto& table = *new std::map<std::string, unsigned>;
+  if (kernels().empty()) table = readRegisterTable();
+  KernelFacts facts;
+  facts.name = functionName(kernel);
+  const auto entry = table.find(facts.name);
+  if (entry != table.end()) facts.registers = entry->second;
+  return kernels().emplace(kernel, std::move(facts)).first->second;
 }
 
 unsigned roundUp(unsigned value, unsigned unit) {
@@ -68,7 +69,7 @@ unsigned roundUp(unsigned value, unsigned unit) {
 
 // Registers are given to warps in units of 256, and warps come in fours.
 unsigned registersOfBlock(const void* kernel, unsigned threads) {
-  return roundUp((threads + 31) / 32, 4) * roundUp(registersOf(kernel) * 32, 256);
+  return roundUp((threads + 31) / 32, 4) * roundUp(factsOf(kernel).registers * 32, 256);
 }
 
 size_t dynamicSharedLimit(const void* kernel) {
@@ -118,14 +119,9 @@ void checkGuards(const std::vector<const void*>& addresses, const std::string& n
 
 }  // namespace
 
-std::string functionName(const void* function) {
-  Dl_info info;
-  if (dladdr(function, &info) != 0 && info.dli_sname && info.dli_saddr == function) return demangled(info.dli_sname);
-  return "kernel";
-}
-
 void clearFunctionAttributes() {
   raisedSharedLimits().clear();
+  kernels().clear();
 }
 
 cudaError_t launch(Launch launch) {
@@ -138,7 +134,7 @@ cudaError_t launch(Launch launch) {
   if (const cudaError_t error = checkLimits(launch)) return error;
   std::vector<const void*> touches = launch.pointers;
   touches.insert(touches.end(), launch.maybeAddress.begin(), launch.maybeAddress.end());
-  const std::string name = functionName(launch.kernel);
+  const std::string name = factsOf(launch.kernel).name;
   cudaError_t error = cudaSuccess;
   const auto work = [launch = std::move(launch), touches, name, device] {
     if (!checkPointers(launch, name, device)) return;
@@ -174,7 +170,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   if (const cudaError_t error = blocked()) return remember(error);
   if (!function) return remember(cudaErrorInvalidDeviceFunction);
   *attributes = cudaFuncAttributes();
-  attributes->numRegs = static_cast<int>(registersOf(function));
+  attributes->numRegs = static_cast<int>(factsOf(function).registers);
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(dynamicSharedLimit(function));
   attributes->binaryVersion = 90;
   attributes->ptxVersion = 90;

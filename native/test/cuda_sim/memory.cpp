@@ -7,6 +7,10 @@
 
 #include "simulator.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace cuda_sim {
 
 namespace {
@@ -16,15 +20,23 @@ constexpr size_t alignment = 256;  // what cudaMalloc promises
 // AddressSanitizer sees every access beside a block of exact size; elsewhere a guard on both sides shows writes.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t guardBytes = 0;
+void close(const unsigned char* start, size_t bytes) {
+  __asan_poison_memory_region(start, bytes);
+}
+void open(const unsigned char* start, size_t bytes) {
+  __asan_unpoison_memory_region(start, bytes);
+}
 #else
 constexpr size_t guardBytes = 256;
+void close(const unsigned char*, size_t) {}
+void open(const unsigned char*, size_t) {}
 #endif
 constexpr unsigned char guardByte = 0xFD;
 
 using Allocations = std::map<const unsigned char*, Allocation>;
 
 Allocations& allocations() {
-  static Allocations instance;
+  static auto& instance = *new Allocations;
   return instance;
 }
 
@@ -62,6 +74,7 @@ cudaError_t allocate(void** pointer, size_t bytes, MemoryKind kind) {
   allocation.device = device;
   allocation.block = block;
   allocations().emplace(start, allocation);
+  if (kind == MemoryKind::device) close(start, bytes);
   *pointer = start;
   return cudaSuccess;
 }
@@ -82,6 +95,7 @@ cudaError_t release(void* pointer, MemoryKind kind) {
     report(cudaErrorIllegalAddress,
            std::string("something wrote beside ") + kindName(kind) + " of " + std::to_string(found->second.bytes) + " bytes");
   }
+  open(found->first, found->second.bytes);
   std::free(found->second.block);
   allocations().erase(found);
   return blocked();
@@ -104,6 +118,22 @@ Found findAllocation(const void* address) {
   --next;
   if (wanted > next->first + next->second.bytes) return {};
   return {next->first, &next->second};
+}
+
+bool readableByKernels(const void* address, size_t bytes) {
+  return static_cast<bool>(findWhole(address, bytes));
+}
+
+void openDeviceMemory() {
+  for (const auto& [start, allocation] : allocations()) {
+    if (allocation.kind == MemoryKind::device) open(start, allocation.bytes);
+  }
+}
+
+void closeDeviceMemory() {
+  for (const auto& [start, allocation] : allocations()) {
+    if (allocation.kind == MemoryKind::device) close(start, allocation.bytes);
+  }
 }
 
 bool guardsIntact(const Found& found) {
@@ -132,7 +162,9 @@ size_t allocatedBytes() {
 
 void releaseAllMemory() {
   for (const auto& [start, allocation] : allocations()) {
-    if (allocation.kind != MemoryKind::registered) std::free(allocation.block);
+    if (allocation.kind == MemoryKind::registered) continue;
+    open(start, allocation.bytes);
+    std::free(allocation.block);
   }
   allocations().clear();
 }

@@ -82,7 +82,7 @@ struct Block {
 };
 
 Block& block() {
-  static Block instance;
+  static auto& instance = *new Block;
   return instance;
 }
 

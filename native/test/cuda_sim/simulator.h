@@ -56,6 +56,11 @@ struct Found {
 };
 // The allocation that the address lies in, or ends.
 Found findAllocation(const void* address);
+// Whether a thread may read all of the bytes: they lie within one piece of device or pinned memory.
+bool readableByKernels(const void* address, size_t bytes);
+// While the host's code runs, AddressSanitizer takes every access to device memory for a mistake.
+void openDeviceMemory();
+void closeDeviceMemory();
 // Whether the bytes beside the allocation are as they were; always true under AddressSanitizer, which watches them itself.
 bool guardsIntact(const Found& found);
 void releaseAllMemory();
@@ -106,8 +111,6 @@ void releaseAllGraphs();
 
 // launch.cpp
 
-// The demangled name of a function of this process.
-std::string functionName(const void* function);
 void clearFunctionAttributes();
 
 // simt.cpp

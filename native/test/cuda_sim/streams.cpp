@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <set>
 
 #include "simulator.h"
@@ -21,7 +22,7 @@ struct Streams {
 };
 
 Streams& streams() {
-  static Streams instance;
+  static auto& instance = *new Streams;  // outlives whatever calls the API while the process ends
   return instance;
 }
 
@@ -60,10 +61,18 @@ bool runnable(const CUstream_st& stream) {
   return std::all_of(waits.begin(), waits.end(), [](const OperationPointer& each) { return each->done; });
 }
 
+void runWork(const std::function<void()>& work, const std::string& name) {
+  try {
+    work();
+  } catch (const std::exception& error) {
+    report(cudaErrorLaunchFailure, name + ": " + error.what());
+  }
+}
+
 void runFront(CUstream_st& stream) {
   const OperationPointer operation = stream.queue.front();
   // After a fault nothing runs any more, but whoever waits must not wait for ever.
-  if (operation->work && blocked() == cudaSuccess) operation->work();
+  if (operation->work && blocked() == cudaSuccess) runWork(operation->work, operation->name);
   operation->done = true;
   operation->milliseconds = now();
   operation->work = nullptr;
@@ -98,6 +107,8 @@ void finishAll(const std::vector<OperationPointer>& targets) {
   const auto done = [&] {
     return std::all_of(targets.begin(), targets.end(), [](const OperationPointer& each) { return each->done; });
   };
+  if (done()) return;
+  openDeviceMemory();
   std::vector<CUstream_st*> candidates;
   while (!done()) {
     candidates.clear();
@@ -106,10 +117,11 @@ void finishAll(const std::vector<OperationPointer>& targets) {
     }
     if (candidates.empty()) {
       report(cudaErrorLaunchFailure, "queued work waits for itself");
-      return;
+      break;
     }
     runFront(*candidates[randomBelow(candidates.size())]);
   }
+  closeDeviceMemory();
   forgetFinishedStreams();
 }
 

@@ -106,7 +106,7 @@ struct Copies {
 };
 
 Copies& copiesOf(unsigned thread) {
-  static std::vector<Copies> all(1024);
+  static auto& all = *new std::vector<Copies>(1024);
   return all[thread];
 }
 
@@ -143,7 +143,7 @@ void copyAsync16(void* shared, const void* global, bool inside, const char* file
     failThread(cudaErrorMisalignedAddress, currentThreadName() + ": copyAsync16 (" + file + ":" + std::to_string(line) +
                                                ") from an address not aligned to 16 bytes");
   }
-  if (inside && !isDevice(global, copyBytes) && !isPinned(global, copyBytes)) {
+  if (inside && !readableByKernels(global, copyBytes)) {
     failThread(cudaErrorIllegalAddress, currentThreadName() + ": copyAsync16 (" + file + ":" + std::to_string(line) +
                                             ") from what is not, or not wholly, device memory");
   }
