@@ -58,6 +58,16 @@ void noteParameter(Launch& launch, const T& parameter) {
 
 }  // namespace cuda_sim
 
+// The overloads for kernels that the runtime's header has for nvcc only.
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
+}
+
 namespace lora_da::cuda {
 
 template <class T>

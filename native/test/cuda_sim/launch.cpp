@@ -16,6 +16,7 @@ constexpr size_t sharedLimit = 227 << 10;
 constexpr size_t sharedPerMultiprocessor = 228 << 10;
 constexpr size_t sharedReserved = 1 << 10;
 constexpr unsigned registerFile = 65536;
+constexpr unsigned registerUnit = 256;
 constexpr unsigned assumedRegisters = 32;  // of kernels that the table does not name
 
 std::map<const void*, size_t>& raisedSharedLimits() {
@@ -67,9 +68,13 @@ unsigned roundUp(unsigned value, unsigned unit) {
   return (value + unit - 1) / unit * unit;
 }
 
-// Registers are given to warps in units of 256, and warps come in fours.
+unsigned registersOfWarp(const void* kernel) {
+  return roundUp(factsOf(kernel).registers * 32, registerUnit);
+}
+
+// Each of a multiprocessor's four parts holds a quarter of a block's warps, rounded up.
 unsigned registersOfBlock(const void* kernel, unsigned threads) {
-  return roundUp((threads + 31) / 32, 4) * roundUp(factsOf(kernel).registers * 32, 256);
+  return roundUp((threads + 31) / 32, 4) * registersOfWarp(kernel);
 }
 
 size_t dynamicSharedLimit(const void* kernel) {
@@ -192,7 +197,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   if (threads > 1024 || dynamicSharedBytes > dynamicSharedLimit(function)) return cudaSuccess;
   const size_t byShared = sharedPerMultiprocessor / (dynamicSharedBytes + sharedReserved);
   const size_t byThreads = 2048 / roundUp(threads, 32);
-  const size_t byRegisters = registerFile / registersOfBlock(function, threads);
+  const size_t byRegisters = registerFile / 4 / registersOfWarp(function) * 4 / (roundUp(threads, 32) / 32);
   *blocks = static_cast<int>(std::min({byShared, byThreads, byRegisters, size_t{32}}));
   return cudaSuccess;
 }

@@ -198,10 +198,25 @@ void exitThread() {
   suspend();
 }
 
+// Unwinds a thread's stack, so that nothing on it leaks.
+struct ThreadFailed {};
+
+// The other threads stay where they are; their stacks are started afresh for the next kernel.
+void leaveKernel() {
+  block().failed = true;
+  switchFiber(block().current->fiber, block().host);
+}
+
 void threadMain() {
   fiberEntered();
   for (;;) {
-    (*block().body)();
+    bool failed = false;
+    try {
+      (*block().body)();
+    } catch (const ThreadFailed&) {
+      failed = true;
+    }
+    if (failed) leaveKernel();
     exitThread();
   }
 }
@@ -311,11 +326,8 @@ void runKernel(const KernelRun& run) {
 }
 
 void failThread(cudaError_t error, const std::string& message) {
-  Block& b = block();
-  b.failed = true;
   report(error, message);
-  switchFiber(b.current->fiber, b.host);
-  std::abort();  // a kernel that failed is not resumed
+  throw ThreadFailed();
 }
 
 std::string currentThreadName() {

@@ -122,12 +122,12 @@ void land(const std::vector<Copy>& group) {
 
 }  // namespace
 
-void mma16816(float* d, const uint32_t* a, const uint32_t* b, const char* file, int line) {
+void warpProduct(float* d, const uint32_t* a, const uint32_t* b, const char* file, int line) {
   ProductLane mine{d, a, b};
   warpTogether(0xFFFFFFFFu, "mma16816", &mine, finishProduct, file, line);
 }
 
-void loadTiles(uint32_t* r, const void* row, bool transposed, const char* file, int line) {
+void warpLoadTiles(uint32_t* r, const void* row, bool transposed, const char* file, int line) {
   const char* operation = transposed ? "loadTilesTransposed" : "loadTiles";
   requireShared(row, operation, file, line);
   TileLane mine{r, row};
@@ -137,7 +137,7 @@ void loadTiles(uint32_t* r, const void* row, bool transposed, const char* file, 
 }
 
 // What the destination holds until the wait is unknown: 0xFF bytes here. The source is read at the wait too.
-void copyAsync16(void* shared, const void* global, bool inside, const char* file, int line) {
+void startCopy(void* shared, const void* global, bool inside, const char* file, int line) {
   requireShared(shared, "copyAsync16", file, line);
   if (inside && reinterpret_cast<uintptr_t>(global) % copyBytes != 0) {
     failThread(cudaErrorMisalignedAddress, currentThreadName() + ": copyAsync16 (" + file + ":" + std::to_string(line) +
@@ -152,13 +152,13 @@ void copyAsync16(void* shared, const void* global, bool inside, const char* file
       .open.push_back({static_cast<unsigned char*>(shared), inside ? static_cast<const unsigned char*>(global) : nullptr});
 }
 
-void commitCopies() {
+void closeCopyGroup() {
   Copies& copies = copiesOf(currentThread());
   copies.groups.push_back(std::move(copies.open));
   copies.open.clear();
 }
 
-void waitCopies(int pending) {
+void landCopies(int pending) {
   auto& groups = copiesOf(currentThread()).groups;
   const size_t landing = groups.size() > static_cast<size_t>(pending) ? groups.size() - static_cast<size_t>(pending) : 0;
   for (size_t i = 0; i < landing; ++i) land(groups[i]);
