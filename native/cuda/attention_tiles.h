@@ -13,17 +13,17 @@
 #include <limits>
 
 #include "core/error.h"
+#include "cuda/reduction.h"
 #include "cuda/tensor_core.h"
 #include "cuda/vector_access.h"
 
 namespace lora_da::cuda {
 
-constexpr int warpLanes = 32;
-constexpr int attentionWarps = 4;
-constexpr int attentionThreads = attentionWarps * warpLanes;
+inline constexpr int attentionWarps = 4;
+inline constexpr int attentionThreads = attentionWarps * warpThreads;
 // Kernels exist for the head dimensions 16 (bfloat16 only), 32, 64, 96, 128 and 256; others run as the next one with zeros behind.
-constexpr int32_t maxAttentionHeadDim = 256;
-constexpr float log2OfE = 1.4426950408889634f;
+inline constexpr int32_t maxAttentionHeadDim = 256;
+inline constexpr float log2OfE = 1.4426950408889634f;
 
 // What every kernel over a packed batch is told.
 struct AttentionProblem {
@@ -96,6 +96,44 @@ class KeyTiles {
 
  private:
   __device__ int32_t lowestOf(int32_t query) const { return max(segment_.first, query - window_ + 1); }
+
+  Segment segment_;
+  int32_t window_;
+  int32_t begin_;  // the rows of the segment that this warp owns
+  int32_t stop_;
+};
+
+// Queries that see the keys of a segment, in tiles of `columns`, from the first on; the first tile starts at a multiple of four,
+// so that four rows' statistics can be read at once.
+template <int columns>
+class QueryTiles {
+ public:
+  __device__ QueryTiles(const Segment& segment, int32_t window, int32_t warpFirst, int32_t warpRows)
+      : segment_(segment),
+        window_(window),
+        begin_(max(segment.begin, warpFirst)),
+        stop_(min(segment.stop, warpFirst + warpRows)) {}
+
+  __device__ int32_t count() const { return ceilDivide(end() - start(), columns); }
+  __device__ int32_t query(int32_t tile) const { return start() + tile * columns; }
+  // Queries that see any key of the segment are [begin(), end()).
+  __device__ int32_t begin() const { return segment_.begin; }
+  __device__ int32_t end() const { return min(segment_.end, segment_.stop - 1 + window_); }
+
+  __device__ bool ownsRow(int32_t row) const { return row >= begin_ && row < stop_; }
+  // Of the tile from `query` on: whether none of its queries sees this warp's keys, or each sees them all.
+  __device__ bool hidden(int32_t query) const {
+    return begin_ >= stop_ || query + columns <= begin_ || query - (stop_ - 1) >= window_;
+  }
+  __device__ bool open(int32_t query) const {
+    return query >= stop_ - 1 && query + columns - 1 - begin_ < window_ && query + columns <= segment_.end;
+  }
+  __device__ bool sees(int32_t key, int32_t query) const {
+    return static_cast<uint32_t>(query - key) < static_cast<uint32_t>(window_) && query < segment_.end;
+  }
+
+ private:
+  __device__ int32_t start() const { return segment_.begin / 4 * 4; }
 
   Segment segment_;
   int32_t window_;
@@ -179,10 +217,10 @@ __device__ inline void overTiles(int32_t count, const Load& load, const Compute&
 // --- a warp's products --------------------------------------------------------------------------------------------------
 
 __device__ inline int lane() {
-  return static_cast<int>(threadIdx.x % static_cast<unsigned>(warpLanes));
+  return static_cast<int>(threadIdx.x % static_cast<unsigned>(warpThreads));
 }
 __device__ inline int warp() {
-  return static_cast<int>(threadIdx.x / static_cast<unsigned>(warpLanes));
+  return static_cast<int>(threadIdx.x / static_cast<unsigned>(warpThreads));
 }
 
 // bfloat16 on tensor cores: a warp owns `blocks` times 16 rows. Scores that enter a product are rounded to bfloat16.
@@ -288,7 +326,7 @@ struct F32Math {
   using Element = float;
   static constexpr int headDim = headDim_;
   static constexpr int columns = columns_;
-  static constexpr int lanesPerRow = warpLanes / rowLanes;
+  static constexpr int lanesPerRow = warpThreads / rowLanes;
   static constexpr int threadRows = 4;
   static constexpr int warpRows = threadRows * rowLanes;
   static constexpr int threadColumns = columns / lanesPerRow;
@@ -364,16 +402,22 @@ struct F32Math {
   }
 };
 
-// What the warp's queries, from `firstQuery` on, do not see of the keys from `firstKey` on becomes `hidden`.
+// The row of the warp's that the thread's i-th one is.
+template <class Math>
+__device__ inline int ownRow(int i) {
+  return Math::rowAt(i, lane() / Math::lanesPerRow);
+}
+
+// Scores of the warp's rows, from firstRow on, and the tile's, from firstOther on, become `hidden` where one does not see the other.
 template <class Math, class Tiles>
-__device__ inline void hideScores(const Tiles& tiles, int32_t firstQuery, int32_t firstKey, float hidden,
+__device__ inline void hideScores(const Tiles& tiles, int32_t firstRow, int32_t firstOther, float hidden,
                                   typename Math::Scores& scores) {
 #pragma unroll
   for (int r = 0; r < Math::threadRows; ++r) {
-    const int32_t query = firstQuery + Math::rowAt(r, lane() / Math::lanesPerRow);
+    const int32_t row = firstRow + ownRow<Math>(r);
 #pragma unroll
     for (int c = 0; c < Math::threadColumns; ++c) {
-      if (!tiles.sees(query, firstKey + Math::column(c))) scores.at(r, c) = hidden;
+      if (!tiles.sees(row, firstOther + Math::column(c))) scores.at(r, c) = hidden;
     }
   }
 }
@@ -386,16 +430,10 @@ __device__ inline void clearSums(typename Math::Sums& sums) {
   }
 }
 
-// The row of the warp's that the thread's i-th one is.
-template <class Math>
-__device__ inline int ownRow(int i) {
-  return Math::rowAt(i, lane() / Math::lanesPerRow);
-}
-
 // Shared memory through which a warp's sums go on their way out, to be written 16 bytes at a time.
 template <class Math, class T>
 struct Staging {
-  static constexpr int rows = warpLanes / Math::lanesPerRow;
+  static constexpr int rows = warpThreads / Math::lanesPerRow;
   static constexpr int rowBytes = Math::headDim * static_cast<int>(sizeof(T)) + 16;
   static constexpr int warpBytes = rows * rowBytes;
   static constexpr int bytes = attentionWarps * warpBytes;
@@ -422,7 +460,7 @@ __device__ inline void storeSums(typename Math::Sums& sums, unsigned char* stagi
     }
     __syncwarp();
 #pragma unroll 1
-    for (int i = lane(); i < Shared::rows * chunks; i += warpLanes) {
+    for (int i = lane(); i < Shared::rows * chunks; i += warpThreads) {
       const int32_t row = firstRow + Math::rowAt(r, i / chunks), column = i % chunks * chunkWidth;
       if (column >= width || !owns(row)) continue;
       const T* from = reinterpret_cast<const T*>(warpStaging + i / chunks * Shared::rowBytes) + column;
@@ -493,7 +531,7 @@ struct OnlineSoftmax {
   __device__ static float overRowLanes(float value, const Combine& combine) {
 #pragma unroll
     for (int offset = Math::lanesPerRow / 2; offset > 0; offset /= 2) {
-      value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+      value = combine(value, __shfl_xor_sync(allLanes, value, offset));
     }
     return value;
   }
