@@ -115,6 +115,8 @@ class CpuDevice : public Device {
   void* grow(Scratch& scratch, size_t bytes, const char* purpose);
   void* scratch(size_t bytes) { return grow(scratch_, bytes, "scratch of the CPU device"); }
 
+  // matmul of float64 (dense.cpp).
+  void denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c);
   void blasSecondMoment(const Matrix& x, const Matrix& z);
   int64_t headChunkRows(int64_t rows, int64_t vocabulary) const;
   // Own products with panels of weights, or oneDNN's (linear.cpp).
