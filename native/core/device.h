@@ -27,6 +27,7 @@ struct Matrix {
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t stride = 0;
+  int64_t room = 0;  // columns behind the last one that linear and linearInputGrad may overwrite; see Device::lowRankRoom
 
   template <class T>
   T* as() const {
@@ -36,7 +37,7 @@ struct Matrix {
     return {static_cast<char*>(data) + first * static_cast<int64_t>(sizeOf(dtype)), dtype, rows, count, stride};
   }
   Matrix rowRange(int64_t first, int64_t count) const {
-    return {static_cast<char*>(data) + first * stride * static_cast<int64_t>(sizeOf(dtype)), dtype, count, cols, stride};
+    return {static_cast<char*>(data) + first * stride * static_cast<int64_t>(sizeOf(dtype)), dtype, count, cols, stride, room};
   }
 };
 
@@ -68,6 +69,7 @@ struct WeightUses {
   bool forward = true;     // linear
   bool inputGrad = false;  // linearInputGrad
   bool lookup = false;     // embed
+  bool lora = false;       // with a LoRA term
 };
 
 // The sequences of a packed batch: sequence s has rows [hostStarts[s], hostStarts[s+1]); rows from the last entry on are padding.
@@ -137,6 +139,10 @@ class Device {
   virtual DType computeType() const = 0;
   // Tokens of one pass through the model that keep the device busy; a step of more is cut into passes.
   virtual int64_t passTokens() const = 0;
+
+  // Columns of room that the inputs of linear and linearInputGrad should have behind each row where a LoRA term of at most that
+  // rank comes with them: a device that lays the term's factors beside its weights makes one product of both.
+  virtual int64_t lowRankRoom() const = 0;
 
   // Enqueues what body enqueues, which may be replayed from a recording of the same work: a device that records calls body once
   // to see what it asks for, and once more when it is new. Body calls operations that enqueue, in the same order and on the

@@ -1,15 +1,15 @@
 // The only place that knows which devices exist.
-#include "core/device.h"
+#include "core/device_factory.h"
+
 #include "core/error.h"
 #include "core/profiled_device.h"
-#include "cpu/cpu_device.h"
 
 namespace lora_da {
 
 namespace {
 
 std::unique_ptr<Device> makePlainDevice(const DeviceOptions& options) {
-  if (options.device == "auto" || options.device == "cpu") return std::make_unique<cpu::CpuDevice>(options);
+  if (options.device == "auto" || options.device == "cpu") return makeCpuDevice(options);
   throw Error(code::deviceUnavailable, "device " + options.device + " is not available: this build has cpu only");
 }
 

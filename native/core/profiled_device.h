@@ -30,6 +30,7 @@ class ProfiledDevice : public Device {
   std::string name() const override { return device_->name(); }
   DType computeType() const override { return device_->computeType(); }
   int64_t passTokens() const override { return device_->passTokens(); }
+  int64_t lowRankRoom() const override { return device_->lowRankRoom(); }
   // Operation by operation: a recording replayed as a whole could not be timed in parts.
   void recorded(const std::function<void()>& body) override { body(); }
 

@@ -23,6 +23,7 @@ class CpuDevice : public Device {
   DType computeType() const override { return computeType_; }
   // Activations of more would leave the caches and take memory; weights are read for enough rows at a time already.
   int64_t passTokens() const override { return 1536; }
+  int64_t lowRankRoom() const override { return 0; }  // a panel takes the term along as it is
   void recorded(const std::function<void()>& body) override { body(); }
 
   // memory.cpp

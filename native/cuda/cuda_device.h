@@ -28,6 +28,7 @@ class CudaDevice : public Device {
   std::string name() const override { return name_; }
   DType computeType() const override { return computeType_; }
   int64_t passTokens() const override { return 8192; }
+  int64_t lowRankRoom() const override { return 64; }
   void recorded(const std::function<void()>& body) override { queue_.recorded(body); }
 
   // memory.cpp
