@@ -1,5 +1,6 @@
 // Kernel launches: the device's limits, and the names of kernels.
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 
@@ -25,6 +26,7 @@ std::map<const void*, size_t>& raisedSharedLimits() {
 }
 
 // Registers a thread needs, by the kernel's demangled name: nvcc and the host's compiler mangle anonymous namespaces differently.
+// The file has lines of a mangled name and a number, or is what nvcc prints with -Xptxas -v; the largest number of a name counts.
 std::map<std::string, unsigned> readRegisterTable() {
   std::map<std::string, unsigned> table;
   const char* path = std::getenv("CUDA_SIM_REGISTERS");
@@ -34,9 +36,22 @@ std::map<std::string, unsigned> readRegisterTable() {
     report(cudaErrorInvalidValue, std::string("CUDA_SIM_REGISTERS names a file that cannot be read: ") + path);
     return table;
   }
-  std::string name;
+  std::string line;
+  std::string kernel;
+  char name[4096];
   unsigned registers = 0;
-  while (file >> name >> registers) table[demangled(name)] = registers;
+  while (std::getline(file, line)) {
+    if (std::sscanf(line.c_str(), "ptxas info : Compiling entry function '%4095[^']'", name) == 1) {
+      kernel = name;
+      continue;
+    }
+    if (std::sscanf(line.c_str(), "ptxas info : Used %u registers", &registers) != 1) {
+      if (std::sscanf(line.c_str(), "%4095s %u", name, &registers) != 2) continue;
+      kernel = name;
+    }
+    unsigned& known = table[demangled(kernel)];
+    known = std::max(known, registers);
+  }
   return table;
 }
 

@@ -53,9 +53,13 @@ TEST_CASE("more than 48 KB of shared memory must be asked for") {
 
 TEST_CASE("registers come from a table, by the kernel's name") {
   const char* path = "cuda_sim_registers.txt";
-  std::ofstream(path) << "_ZN47_GLOBAL__N__00000000_14_launch_test_cu_abcdefgh5heavyEv 80\n_Z9somethingv 12\n";
   setenv("CUDA_SIM_REGISTERS", path, 1);
-  {
+  const std::string kernel = "_ZN47_GLOBAL__N__00000000_14_launch_test_cu_abcdefgh5heavyEv";
+  const std::string asTable = "_Z9somethingv 12\n" + kernel + " 80\n";
+  const std::string asPrinted = "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function '" + kernel +
+                                "' for 'sm_90'\nptxas info    : Used 80 registers, used 1 barriers\n";
+  for (const std::string& text : {asTable, asPrinted}) {
+    std::ofstream(path) << text;
     const Fresh fresh;
     CHECK(launchKernel(heavy, 1, 768, 0, nullptr) == cudaSuccess);
     CHECK(launchKernel(heavy, 1, 896, 0, nullptr) == cudaErrorLaunchOutOfResources);

@@ -101,7 +101,9 @@ TEST_CASE("a result used before its event is not there") {
     const Stream producer, consumer;
     enqueueFill(x, 3, producer);
     enqueueScale(x, y, 2, consumer);
-    return read(y, consumer)[5] == 6;
+    const bool right = read(y, consumer)[5] == 6;
+    cudaDeviceSynchronize();
+    return right;
   }));
 }
 
@@ -117,6 +119,7 @@ TEST_CASE("with random interleaving, work that should wait comes too early with 
     enqueueScale(x, y, 2, reader);
     enqueueFill(x, 100, writer);
     overwritten += read(y, reader)[5] != 6;
+    cudaDeviceSynchronize();
   }
   setInterleaving(Interleaving::lazy);
   CHECK(overwritten > 5);

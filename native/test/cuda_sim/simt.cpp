@@ -82,8 +82,8 @@ struct Block {
 };
 
 Block& block() {
-  static auto& instance = *new Block;
-  return instance;
+  static Block* const instance = new Block;
+  return *instance;
 }
 
 // One generator for the choice of the next thread: the library's would cost more than the switch.
@@ -142,7 +142,7 @@ std::string blockName() {
 
 std::string stateText(const Thread& thread) {
   switch (thread.state) {
-    case State::ready: return "ready";
+    case State::ready: return "under way";
     case State::atBarrier: return "at " + text(thread.place);
     case State::withWarp: return "at " + text(thread.place);
     case State::exited: return "exited";

@@ -63,6 +63,37 @@ T shuffle(unsigned mask, T value, unsigned source, const char* operation, const 
   return mine.result;
 }
 
+template <class T>
+struct ReduceLane {
+  T value;
+  T (*combine)(T, T);
+};
+
+template <class T>
+void finishReduce(unsigned mask, void* const* lanes) {
+  ReduceLane<T>* first = nullptr;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (!(mask >> lane & 1u)) continue;
+    auto* each = static_cast<ReduceLane<T>*>(lanes[lane]);
+    if (first) {
+      first->value = first->combine(first->value, each->value);
+    } else {
+      first = each;
+    }
+  }
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1u) static_cast<ReduceLane<T>*>(lanes[lane])->value = first->value;
+  }
+}
+
+template <class T>
+T reduce(unsigned mask, T value, T (*combine)(T, T), const char* operation, const char* file, int line) {
+  static_assert(std::is_same<T, int>::value || std::is_same<T, unsigned>::value, "only 32-bit integers are reduced");
+  ReduceLane<T> mine{value, combine};
+  warpTogether(mask, operation, &mine, finishReduce<T>, file, line);
+  return mine.value;
+}
+
 struct VoteLane {
   bool predicate;
   unsigned ballot;
@@ -117,6 +148,22 @@ T __shfl_xor_sync(unsigned mask, T value, int laneMask, int width = warpSize, CU
   const unsigned last = lane | static_cast<unsigned>(width - 1);
   const unsigned source = lane ^ static_cast<unsigned>(laneMask);
   return cuda_sim::shuffle(mask, value, source <= last ? source : lane, "__shfl_xor_sync", file, line);
+}
+
+template <class T>
+T __reduce_add_sync(unsigned mask, T value, CUDA_SIM_PLACE) {
+  return cuda_sim::reduce<T>(
+      mask, value, [](T a, T b) { return a + b; }, "__reduce_add_sync", file, line);
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value, CUDA_SIM_PLACE) {
+  return cuda_sim::reduce<T>(
+      mask, value, [](T a, T b) { return a < b ? b : a; }, "__reduce_max_sync", file, line);
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value, CUDA_SIM_PLACE) {
+  return cuda_sim::reduce<T>(
+      mask, value, [](T a, T b) { return b < a ? b : a; }, "__reduce_min_sync", file, line);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_SIM_PLACE) {

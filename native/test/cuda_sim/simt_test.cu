@@ -137,7 +137,7 @@ __global__ void earlyExit(int* out) {
 
 __global__ void votes(int* out) {
   const int i = static_cast<int>(threadIdx.x);
-  int* mine = out + i * 7;
+  int* mine = out + i * 9;
   mine[0] = __syncthreads_or(i == 37);
   mine[1] = __syncthreads_and(i != 37);
   mine[2] = __syncthreads_count(i < 37);
@@ -145,6 +145,8 @@ __global__ void votes(int* out) {
   mine[4] = __any_sync(0xffffffffu, i >= 32);
   mine[5] = __all_sync(0xffffffffu, i >= 32);
   mine[6] = static_cast<int>(__activemask());
+  mine[7] = __reduce_add_sync(0xffffffffu, i);
+  mine[8] = __reduce_max_sync(0xffffffffu, i);
 }
 
 __global__ void countAtoms(unsigned* counter, float* sum, double* wide, int* largest, unsigned* last) {
@@ -260,11 +262,11 @@ TEST_CASE("a barrier waits for the threads that have not exited") {
 
 TEST_CASE("votes of warps and blocks") {
   const Fresh fresh;
-  const DeviceArray<int> out(64 * 7);
+  const DeviceArray<int> out(64 * 9);
   REQUIRE(launchKernel(votes, 1, 64, 0, nullptr, out.data) == cudaSuccess);
   const auto got = out.host();
   for (int i = 0; i < 64; ++i) {
-    const int* mine = got.data() + i * 7;
+    const int* mine = got.data() + i * 9;
     CHECK(mine[0] != 0);
     CHECK(mine[1] == 0);
     CHECK(mine[2] == 37);
@@ -272,6 +274,8 @@ TEST_CASE("votes of warps and blocks") {
     CHECK((mine[4] != 0) == (i >= 32));
     CHECK((mine[5] != 0) == (i >= 32));
     CHECK((mine[6] >> i % 32 & 1) == 1);
+    CHECK(mine[7] == i / 32 * 32 * 32 + 31 * 16);
+    CHECK(mine[8] == i / 32 * 32 + 31);
   }
 }
 
