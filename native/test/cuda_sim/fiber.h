@@ -1,0 +1,32 @@
+// Stacks of their own and switching between them: on x86-64 a few instructions, elsewhere ucontext.
+#pragma once
+
+#include <cstddef>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace cuda_sim {
+
+struct Fiber {
+#if defined(__x86_64__)
+  void* stackPointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  unsigned char* stack = nullptr;  // lowest address; below it a page that faults
+  size_t stackBytes = 0;
+  void* fakeStack = nullptr;  // AddressSanitizer's
+};
+
+// Makes the fiber start with `entry`, which never returns, when it is next switched to. `index` spreads the stacks' tops over the
+// cache. May be called again for a fiber that was left in the middle.
+void prepareFiber(Fiber& fiber, void (*entry)(), unsigned index);
+// A fiber that stands for the calling thread, to switch back to.
+void adoptThread(Fiber& fiber);
+void switchFiber(Fiber& from, Fiber& to);
+// To be called first in `entry`.
+void fiberEntered();
+
+}  // namespace cuda_sim
