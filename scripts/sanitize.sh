@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 cmake -S . -B build-sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLORA_DA_SANITIZE=ON -DLORA_DA_TESTS=ON
 cmake --build build-sanitize --parallel 2 --target native_tests
 # oneDNN and OpenBLAS keep memory until the process ends, so leaks are looked for elsewhere.
-ASAN_OPTIONS=detect_leaks=0 build-sanitize/native_tests
+LORA_DA_TEST_DEVICES=cpu,guarded-cpu ASAN_OPTIONS=detect_leaks=0 build-sanitize/native_tests
