@@ -30,7 +30,10 @@ Buffer CudaDevice::allocate(size_t bytes, const std::string& purpose) {
                                        " are free; a smaller --batch-size or --max-length, or --recompute layer, takes less");
   }
   check(status, "allocating memory");
-  return Buffer(memory, [](void* p) { cudaFree(p); });
+  return Buffer(memory, [stream = queue_.stream()](void* p) {
+    cudaStreamSynchronize(stream);  // what is enqueued may still use it
+    cudaFree(p);
+  });
 }
 
 DeviceMemory CudaDevice::memory() const {
