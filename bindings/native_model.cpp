@@ -85,7 +85,7 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
   return self->state_->submit(
       env, object, info[1],
       [self, spec = std::move(spec), tensors = std::move(tensors), device](ModelState& state, uint64_t call) -> ResultMaker {
-        state.engine.model = std::make_unique<Decoder>(spec, tensors, device, [&](int64_t done, int64_t total) {
+        state.engine.model = std::make_unique<Decoder>(spec, tensors, makeDevice(device), [&](int64_t done, int64_t total) {
           state.notify(call, [done, total](Napi::Env env) -> std::vector<napi_value> {
             return {toNumber(env, done), toNumber(env, total)};
           });
