@@ -39,11 +39,12 @@ struct HostStatistics {
 
 HostStatistics takeToHost(Decoder& model, Statistics& statistics, size_t group) {
   GroupStatistics taken = statistics.take(group);
-  const int64_t in = model.projections()[group]->in;
-  HostStatistics host{std::move(taken.gradient), std::vector<double>(static_cast<size_t>(in * in)),
+  const int64_t in = model.projections()[group]->in, out = model.projections()[group]->out;
+  HostStatistics host{std::vector<float>(static_cast<size_t>(out * in)), std::vector<double>(static_cast<size_t>(in * in)),
                       std::move(taken.outputFactor)};
   auto* moment = static_cast<double*>(taken.inputMoment.get());
   model.device().mirrorLower(moment, in);
+  model.device().download(host.gradient.data(), taken.gradient.get(), host.gradient.size() * sizeof(float));
   model.device().download(host.inputMoment.data(), moment, host.inputMoment.size() * sizeof(double));
   model.device().synchronize();
   return host;
