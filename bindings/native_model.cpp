@@ -95,7 +95,7 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
         DeviceOptions options = asked;
         options.device = choice.device;
         options.computeType = dtype == "bfloat16" || (dtype == "auto" && choice.bfloat16) ? DType::bf16 : DType::f32;
-        state.engine.model = std::make_unique<Decoder>(spec, tensors, options, [&](int64_t done, int64_t total) {
+        state.engine.model = std::make_unique<Decoder>(spec, tensors, makeDevice(options), [&](int64_t done, int64_t total) {
           state.notify(call, [done, total](Napi::Env env) -> std::vector<napi_value> {
             return {toNumber(env, done), toNumber(env, total)};
           });
@@ -265,12 +265,14 @@ Napi::Value NativeModel::collect(const Napi::CallbackInfo& info) {
           const GroupStatistics group = statistics.take(i);
           const Projection& projection = *model.projections()[i];
           auto* moment = static_cast<double*>(group.inputMoment.get());
+          std::vector<float> gradient(static_cast<size_t>(projection.out * projection.in));
           std::vector<double> inputMoment(static_cast<size_t>(projection.in * projection.in));
           model.device().mirrorLower(moment, projection.in);
+          model.device().download(gradient.data(), group.gradient.get(), gradient.size() * sizeof(float));
           model.device().download(inputMoment.data(), moment, inputMoment.size() * sizeof(double));
           model.device().synchronize();
           for (const ProjectionPart& part : projection.parts) {
-            const auto rows = group.gradient.begin() + part.offset * projection.in;
+            const auto rows = gradient.begin() + part.offset * projection.in;
             modules.push_back({part.module,
                                {rows, rows + part.out * projection.in},
                                inputMoment,

@@ -9,9 +9,9 @@
 
 namespace lora_da {
 
-Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
+Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, std::unique_ptr<Device> device,
                  const std::function<void(int64_t, int64_t)>& progress)
-    : spec_(std::move(spec)), device_(makeDevice(options)), heldBefore_(device_->memory().held), files_(std::move(tensors)) {
+    : spec_(std::move(spec)), device_(std::move(device)), heldBefore_(device_->memory().held), files_(std::move(tensors)) {
   weights_ = loadWeights(*device_, spec_, files_, [&](int64_t done, int64_t total) {
     checkCancelled();
     progress(done, total);
