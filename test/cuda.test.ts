@@ -134,7 +134,7 @@ test(
   simulated,
   async () => {
     assertFails(
-      await onSimulator(evalOn('cuda'), { CUDA_SIM_MEMORY: '20000' }),
+      await onSimulator(evalOn('cuda'), { CUDA_SIM_MEMORY: '33600000' }),
       /cannot allocate \d.* on cuda:0 CUDA simulator for .*: \d.* are free; a smaller --batch-size/,
     );
   },

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "fisher/statistics.h"
+#include "guarded_device.h"
 #include "init/adapter_initialization.h"
 #include "model/decoder.h"
 #include "random_checkpoint.h"
@@ -154,6 +155,59 @@ DEVICE_TEST_CASE("a batch of more tokens than a pass takes is cut by itself") {
   const auto most = static_cast<int32_t>(tested.make(DType::f32)->passTokens());
   // One row alone exceeds a pass.
   compareWithPasses(tested, checkpoint, checkpoint.batch({most - 100, 300, 40, most + 70}), most, true);
+}
+
+DEVICE_TEST_CASE("steps that a device replays have the bits of steps that it does not") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  // All of 128 rows with as many label rows; only their sequences and labels differ.
+  const std::vector<std::vector<int32_t>> lengths = {{20, 30, 40}, {100, 7}, {127}, {33, 33, 33}, {5, 88}};
+  for (const DType type : {DType::f32, DType::bf16}) {
+    for (const Recompute recompute : {Recompute::none, Recompute::layer}) {
+      CAPTURE(nameOf(type));
+      RandomCheckpoint checkpoint(seed);
+      // A device that is profiled replays nothing.
+      const auto replaying = checkpoint.load(tested, type), plain = checkpoint.load(tested, type, true);
+      replaying->addLora(checkpoint.modules, 2, 1.5f);
+      plain->addLora(checkpoint.modules, 2, 1.5f);
+      const auto start = checkpoint.randomFactors(*plain);
+      for (Decoder* model : {replaying.get(), plain.get()}) model->lora()->write(model->device(), LoraSet::Array::value, start);
+      StepOptions options = plainStep(recompute);
+      for (size_t i = 0; i < lengths.size(); ++i) {
+        std::vector<TokenBatch> batches = {checkpoint.batch(lengths[i])};
+        if (i % 2) batches.push_back(checkpoint.batch(lengths[0]));
+        options.optimizer.step = static_cast<int64_t>(i) + 1;
+        options.optimizer.learningRate = 0.02f / static_cast<float>(i + 1);
+        const StepResult a = replaying->trainStep(batches, options), b = plain->trainStep(batches, options);
+        CHECK(a.loss == b.loss);
+        CHECK(a.gradNorm == b.gradNorm);
+      }
+      for (const auto array : {LoraSet::Array::value, LoraSet::Array::secondMoment}) {
+        CHECK(flatten(replaying->lora()->read(replaying->device(), array)) ==
+              flatten(plain->lora()->read(plain->device(), array)));
+      }
+      // The pass and the update.
+      if (const auto* guarded = dynamic_cast<const GuardedDevice*>(&replaying->device())) CHECK(guarded->recordings() == 2);
+    }
+  }
+}
+
+DEVICE_TEST_CASE("a step that was cancelled leaves the device fit for the next") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  RandomCheckpoint checkpoint(seed);
+  const auto cancelled = checkpoint.load(tested), fresh = checkpoint.load(tested);
+  cancelled->addLora(checkpoint.modules, 2, 1.0f);
+  fresh->addLora(checkpoint.modules, 2, 1.0f);
+  const auto start = checkpoint.randomFactors(*fresh);
+  for (Decoder* model : {cancelled.get(), fresh.get()}) model->lora()->write(model->device(), LoraSet::Array::value, start);
+  const TokenBatch batch = checkpoint.batch({20, 7});
+  cancelled->cancelled = true;
+  CHECK_THROWS_AS(cancelled->trainStep({batch}, plainStep()), Error);
+  cancelled->cancelled = false;
+  CHECK(cancelled->trainStep({batch}, plainStep()).gradNorm == fresh->trainStep({batch}, plainStep()).gradNorm);
+  CHECK(flatten(cancelled->lora()->read(cancelled->device(), LoraSet::Array::value)) ==
+        flatten(fresh->lora()->read(fresh->device(), LoraSet::Array::value)));
 }
 
 DEVICE_TEST_CASE("adapters on some modules only leave the others alone") {
