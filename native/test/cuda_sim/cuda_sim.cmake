@@ -1,13 +1,17 @@
 # The simulator as a library, add_simulated_cuda for the targets that use it, and its own tests.
 
-# Compiles the .cu files among the sources of `target` as C++ and links the simulator. Kernels stay optimized in every build, since
-# the simulator runs each of their threads. Symbols are exported so that reports can name kernels.
+# Compiles the .cu files among the sources of `target` as C++ and links the simulator. Each is included by a .cpp file of its own,
+# since a source's language holds for all targets, nvcc's too. Kernels are optimized in every build, since the simulator runs each
+# of their threads. Symbols are exported so that a program and a shared object it opens share one simulator.
 function(add_simulated_cuda target)
-  target_sources(${target} PRIVATE ${ARGN})
   foreach(source ${ARGN})
     if(source MATCHES "\\.cu$")
-      set_source_files_properties(${source} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
+      get_filename_component(path ${source} ABSOLUTE)
+      file(RELATIVE_PATH name ${CMAKE_SOURCE_DIR} ${path})
+      set(source ${CMAKE_CURRENT_BINARY_DIR}/cuda_sim/${target}/${name}.cpp)
+      file(GENERATE OUTPUT ${source} CONTENT "#include \"${path}\"\n")
     endif()
+    target_sources(${target} PRIVATE ${source})
   endforeach()
   target_compile_options(${target} PRIVATE -O2 -g -Wno-unknown-pragmas)
   target_link_libraries(${target} PRIVATE cuda_sim)

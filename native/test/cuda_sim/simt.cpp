@@ -82,8 +82,8 @@ struct Block {
 };
 
 Block& block() {
-  static auto& instance = *new Block;
-  return instance;
+  static Block* const instance = new Block;
+  return *instance;
 }
 
 // One generator for the choice of the next thread: the library's would cost more than the switch.

@@ -1,6 +1,6 @@
 // Matrix products and tile loads of a warp, asynchronous copies (the host's cuda/tensor_core.h).
-#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "simt.h"
@@ -10,16 +10,16 @@ namespace cuda_sim {
 
 namespace {
 
-float fromBfloat16(uint32_t bits16) {
+[[gnu::no_sanitize("address", "undefined")]] inline float fromBfloat16(uint32_t bits16) {
   const uint32_t wide = bits16 << 16;
   float value;
   std::memcpy(&value, &wide, sizeof value);
   return value;
 }
-float low(uint32_t pair) {
+[[gnu::no_sanitize("address", "undefined")]] inline float low(uint32_t pair) {
   return fromBfloat16(pair & 0xFFFFu);
 }
-float high(uint32_t pair) {
+[[gnu::no_sanitize("address", "undefined")]] inline float high(uint32_t pair) {
   return fromBfloat16(pair >> 16);
 }
 
@@ -30,7 +30,8 @@ struct ProductLane {
 };
 
 // A product of two bf16 values is exact in float. The sixteen products of an element are added to it in float, k ascending.
-void finishProduct(unsigned, void* const* lanes) {
+// Instrumented, it would take most of a test's time; its indices follow from the loops alone.
+[[gnu::no_sanitize("address", "undefined")]] void finishProduct(unsigned, void* const* lanes) {
   float a[16][16];
   float b[16][8];
   float d[16][8];
@@ -82,13 +83,16 @@ void finishTiles(void* const* lanes, bool transposed) {
   }
 }
 
+[[noreturn]] void failAt(cudaError_t error, const char* operation, const char* file, int line, const char* what) {
+  failThread(error, currentThreadName() + ": " + operation + " (" + file + ":" + std::to_string(line) + ") " + what);
+}
+
 void requireShared(const void* address, const char* operation, const char* file, int line) {
-  const std::string where = std::string(operation) + " (" + file + ":" + std::to_string(line) + ")";
   if (!inSharedMemory(address, 16)) {
-    failThread(cudaErrorIllegalAddress, currentThreadName() + ": " + where + " with an address that is not in shared memory");
+    failAt(cudaErrorIllegalAddress, operation, file, line, "with an address that is not in shared memory");
   }
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
-    failThread(cudaErrorMisalignedAddress, currentThreadName() + ": " + where + " with an address not aligned to 16 bytes");
+    failAt(cudaErrorMisalignedAddress, operation, file, line, "with an address not aligned to 16 bytes");
   }
 }
 
@@ -99,10 +103,11 @@ struct Copy {
   const unsigned char* global;  // null: zeros
 };
 
-// One thread's copies that have not landed, in groups; the last group is open.
+// One thread's copies that have not landed, oldest first.
 struct Copies {
-  std::vector<std::vector<Copy>> groups;
-  std::vector<Copy> open;
+  std::vector<Copy> all;
+  std::vector<size_t> groups;  // how many copies each closed group has; the rest are in the open one
+  size_t grouped = 0;
 };
 
 Copies& copiesOf(unsigned thread) {
@@ -110,13 +115,11 @@ Copies& copiesOf(unsigned thread) {
   return all[thread];
 }
 
-void land(const std::vector<Copy>& group) {
-  for (const Copy& copy : group) {
-    if (copy.global) {
-      std::memcpy(copy.shared, copy.global, copyBytes);
-    } else {
-      std::memset(copy.shared, 0, copyBytes);
-    }
+void land(const Copy& copy) {
+  if (copy.global) {
+    std::memcpy(copy.shared, copy.global, copyBytes);
+  } else {
+    std::memset(copy.shared, 0, copyBytes);
   }
 }
 
@@ -140,35 +143,38 @@ void warpLoadTiles(uint32_t* r, const void* row, bool transposed, const char* fi
 void startCopy(void* shared, const void* global, bool inside, const char* file, int line) {
   requireShared(shared, "copyAsync16", file, line);
   if (inside && reinterpret_cast<uintptr_t>(global) % copyBytes != 0) {
-    failThread(cudaErrorMisalignedAddress, currentThreadName() + ": copyAsync16 (" + file + ":" + std::to_string(line) +
-                                               ") from an address not aligned to 16 bytes");
+    failAt(cudaErrorMisalignedAddress, "copyAsync16", file, line, "from an address not aligned to 16 bytes");
   }
   if (inside && !readableByKernels(global, copyBytes)) {
-    failThread(cudaErrorIllegalAddress, currentThreadName() + ": copyAsync16 (" + file + ":" + std::to_string(line) +
-                                            ") from what is not, or not wholly, device memory");
+    failAt(cudaErrorIllegalAddress, "copyAsync16", file, line, "from what is not, or not wholly, device memory");
   }
   std::memset(shared, 0xFF, copyBytes);
   copiesOf(currentThread())
-      .open.push_back({static_cast<unsigned char*>(shared), inside ? static_cast<const unsigned char*>(global) : nullptr});
+      .all.push_back({static_cast<unsigned char*>(shared), inside ? static_cast<const unsigned char*>(global) : nullptr});
 }
 
 void closeCopyGroup() {
   Copies& copies = copiesOf(currentThread());
-  copies.groups.push_back(std::move(copies.open));
-  copies.open.clear();
+  copies.groups.push_back(copies.all.size() - copies.grouped);
+  copies.grouped = copies.all.size();
 }
 
 void landCopies(int pending) {
-  auto& groups = copiesOf(currentThread()).groups;
-  const size_t landing = groups.size() > static_cast<size_t>(pending) ? groups.size() - static_cast<size_t>(pending) : 0;
-  for (size_t i = 0; i < landing; ++i) land(groups[i]);
-  groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(landing));
+  Copies& copies = copiesOf(currentThread());
+  if (copies.groups.size() <= static_cast<size_t>(pending)) return;
+  const auto firstKept = copies.groups.end() - pending;
+  const size_t count = std::accumulate(copies.groups.begin(), firstKept, size_t{0});
+  for (size_t i = 0; i < count; ++i) land(copies.all[i]);
+  copies.all.erase(copies.all.begin(), copies.all.begin() + static_cast<std::ptrdiff_t>(count));
+  copies.groups.erase(copies.groups.begin(), firstKept);
+  copies.grouped -= count;
 }
 
 void dropCopies(unsigned thread) {
   Copies& copies = copiesOf(thread);
+  copies.all.clear();
   copies.groups.clear();
-  copies.open.clear();
+  copies.grouped = 0;
 }
 
 }  // namespace cuda_sim
