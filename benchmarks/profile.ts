@@ -187,7 +187,7 @@ const kinds: [string, RegExp][] = [
   ["the start's statistics", /^matmul TN|^secondMoment|^squareSum/],
   ['dense algebra', /^matmul|^cholesky|^symmetricProduct|^lowestEigenpairs/],
   ['optimizer', /^gradNorm|^adamw/],
-  ['memory', /^allocate|^upload|^download|^zero|^prepare/],
+  ['memory', /^allocate|^upload|^download|^zero|^copy|^prepare/],
   ['elementwise', /./],
 ];
 

@@ -85,7 +85,7 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
   return self->state_->submit(
       env, object, info[1],
       [self, spec = std::move(spec), tensors = std::move(tensors), device](ModelState& state, uint64_t call) -> ResultMaker {
-        state.engine.model = std::make_unique<Decoder>(spec, tensors, device, [&](int64_t done, int64_t total) {
+        state.engine.model = std::make_unique<Decoder>(spec, tensors, makeDevice(device), [&](int64_t done, int64_t total) {
           state.notify(call, [done, total](Napi::Env env) -> std::vector<napi_value> {
             return {toNumber(env, done), toNumber(env, total)};
           });
@@ -247,12 +247,14 @@ Napi::Value NativeModel::collect(const Napi::CallbackInfo& info) {
           const GroupStatistics group = statistics.take(i);
           const Projection& projection = *model.projections()[i];
           auto* moment = static_cast<double*>(group.inputMoment.get());
+          std::vector<float> gradient(static_cast<size_t>(projection.out * projection.in));
           std::vector<double> inputMoment(static_cast<size_t>(projection.in * projection.in));
           model.device().mirrorLower(moment, projection.in);
+          model.device().download(gradient.data(), group.gradient.get(), gradient.size() * sizeof(float));
           model.device().download(inputMoment.data(), moment, inputMoment.size() * sizeof(double));
           model.device().synchronize();
           for (const ProjectionPart& part : projection.parts) {
-            const auto rows = group.gradient.begin() + part.offset * projection.in;
+            const auto rows = gradient.begin() + part.offset * projection.in;
             modules.push_back({part.module,
                                {rows, rows + part.out * projection.in},
                                inputMoment,

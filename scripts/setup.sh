@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(g++ make cmake ninja-build libdnnl-dev libopenblas-openmp-dev doctest-dev)
+packages=(g++ make cmake ninja-build libdnnl-dev libopenblas-openmp-dev)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")

@@ -27,6 +27,7 @@ struct Matrix {
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t stride = 0;
+  int64_t room = 0;  // columns behind the last one that linear and linearInputGrad may overwrite; see Device::lowRankRoom
 
   template <class T>
   T* as() const {
@@ -36,7 +37,7 @@ struct Matrix {
     return {static_cast<char*>(data) + first * static_cast<int64_t>(sizeOf(dtype)), dtype, rows, count, stride};
   }
   Matrix rowRange(int64_t first, int64_t count) const {
-    return {static_cast<char*>(data) + first * stride * static_cast<int64_t>(sizeOf(dtype)), dtype, count, cols, stride};
+    return {static_cast<char*>(data) + first * stride * static_cast<int64_t>(sizeOf(dtype)), dtype, count, cols, stride, room};
   }
 };
 
@@ -68,6 +69,7 @@ struct WeightUses {
   bool forward = true;     // linear
   bool inputGrad = false;  // linearInputGrad
   bool lookup = false;     // embed
+  bool lora = false;       // with a LoRA term
 };
 
 // The sequences of a packed batch: sequence s has rows [hostStarts[s], hostStarts[s+1]); rows from the last entry on are padding.
@@ -138,6 +140,10 @@ class Device {
   // Tokens of one pass through the model that keep the device busy; a step of more is cut into passes.
   virtual int64_t passTokens() const = 0;
 
+  // Columns of room that the inputs of linear and linearInputGrad should have behind each row where a LoRA term of at most that
+  // rank comes with them: a device that lays the term's factors beside its weights makes one product of both.
+  virtual int64_t lowRankRoom() const = 0;
+
   // Enqueues what body enqueues, which may be replayed from a recording of the same work: a device that records calls body once
   // to see what it asks for, and once more when it is new. Body calls operations that enqueue, in the same order and on the
   // same memory each time; it neither uploads, downloads, allocates nor synchronizes.
@@ -148,6 +154,7 @@ class Device {
   virtual void upload(void* device, const void* host, size_t bytes) = 0;  // `host` may be reused after the call
   virtual void download(void* host, const void* device, size_t bytes) = 0;
   virtual void zero(void* device, size_t bytes) = 0;
+  virtual void copy(void* to, const void* from, size_t bytes) = 0;  // device memory both
   virtual void synchronize() = 0;
   // Bytes that the device's own scratch grows to in a step with so many label rows and this vocabulary.
   virtual size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const = 0;
@@ -240,8 +247,9 @@ class Device {
   // step to step, not the work.
   virtual void adamw(const std::vector<Parameter>& parameters, const AdamWStep* step, const double* norm, const double* loss) = 0;
 
-  // --- dense float64 algebra of the initializations (arrays are row-major and contiguous; symmetric ones hold both triangles)
-  // --- a [n, n] = its Cholesky factor in the lower triangle (upper undefined). Returns 0, or the 1-based order of the first
+  // --- dense algebra of the initializations, float64 where not said otherwise (arrays are row-major and contiguous; symmetric
+  // --- ones hold both triangles)
+  // a [n, n] = its Cholesky factor in the lower triangle (upper undefined). Returns 0, or the 1-based order of the first
   // minor that is not positive: a host answer, since what follows depends on it (not used inside a step).
   virtual int64_t choleskyFactor(double* a, int64_t n) = 0;
   // b [n, m] = (L L^T)^-1 b.
@@ -251,8 +259,8 @@ class Device {
   // The upper triangle of a [n, n] becomes the mirror image of the lower one.
   virtual void mirrorLower(double* a, int64_t n) = 0;
   // How many pieces of work on matrices of at most this order are best done at once, and that work: body(item, worker) for
-  // each item, worker < concurrency(order). A body calls the operations of this section, float64 matmul, allocate, upload and
-  // download. Rethrows what the first item that failed threw; items after it may be left out.
+  // each item, worker < concurrency(order). A body calls the operations of this section, float64 matmul, allocate, upload,
+  // download and copy. Rethrows what the first item that failed threw; items after it may be left out.
   virtual int concurrency(int64_t order) const = 0;
   virtual void concurrently(int64_t order, int64_t items, const std::function<void(int64_t item, int worker)>& body) = 0;
   // c [n, n] = alpha a a^T (+ beta c), a [n, m]; both triangles.
@@ -260,6 +268,16 @@ class Device {
   // The `count` smallest eigenpairs of the symmetric a [n, n] (destroyed): values [count] ascending, vectors [count, n], a row
   // each.
   virtual void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) = 0;
+  // x *= factor, the product in float64. x is float32 or float64.
+  virtual void scale(const Matrix& x, double factor) = 0;
+  // a [count] = alpha a + beta b.
+  virtual void blend(double* a, double alpha, const double* b, double beta, int64_t count) = 0;
+  // a [n, n] += value I.
+  virtual void addToDiagonal(double* a, int64_t n, double value) = 0;
+  // y [cols, rows] = x^T diag(scale). x [rows, cols] float32, scale [rows].
+  virtual void scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) = 0;
+  // How many elements are infinite or not a number: a host answer. x is float32 or float64.
+  virtual int64_t countNonFinite(const Matrix& x) = 0;
 };
 
 struct DeviceOptions {

@@ -99,6 +99,10 @@ void ProfiledDevice::zero(void* device, size_t bytes) {
   timed("zero", {0, static_cast<double>(bytes)}, [&] { device_->zero(device, bytes); });
 }
 
+void ProfiledDevice::copy(void* to, const void* from, size_t bytes) {
+  timed("copy", {0, 2.0 * static_cast<double>(bytes)}, [&] { device_->copy(to, from, bytes); });
+}
+
 std::unique_ptr<Weight> ProfiledDevice::prepare(const std::vector<HostTensor>& parts, WeightUses uses) {
   double bytes = 0;
   for (const HostTensor& part : parts)
@@ -265,6 +269,28 @@ void ProfiledDevice::symmetricProduct(const double* a, int64_t n, int64_t m, dou
 void ProfiledDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
   timed("lowestEigenpairs " + std::to_string(n), {4 * cube(n) / 3, 0},
         [&] { device_->lowestEigenpairs(a, n, count, values, vectors); });
+}
+
+void ProfiledDevice::scale(const Matrix& x, double factor) {
+  timed("scale", {0, 2 * bytesOf(x)}, [&] { device_->scale(x, factor); });
+}
+
+void ProfiledDevice::blend(double* a, double alpha, const double* b, double beta, int64_t count) {
+  timed("blend", {0, 3.0 * sizeof(double) * static_cast<double>(count)}, [&] { device_->blend(a, alpha, b, beta, count); });
+}
+
+void ProfiledDevice::addToDiagonal(double* a, int64_t n, double value) {
+  timed("addToDiagonal", {0, 2.0 * sizeof(double) * static_cast<double>(n)}, [&] { device_->addToDiagonal(a, n, value); });
+}
+
+void ProfiledDevice::scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) {
+  constexpr double elementBytes = sizeof(float) + sizeof(double);
+  timed("scaledTranspose " + shape(rows, cols), {0, elementBytes * static_cast<double>(rows * cols)},
+        [&] { device_->scaledTranspose(x, rows, cols, scale, y); });
+}
+
+int64_t ProfiledDevice::countNonFinite(const Matrix& x) {
+  return timed("countNonFinite", {0, bytesOf(x)}, [&] { return device_->countNonFinite(x); });
 }
 
 }  // namespace lora_da

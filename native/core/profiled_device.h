@@ -30,6 +30,7 @@ class ProfiledDevice : public Device {
   std::string name() const override { return device_->name(); }
   DType computeType() const override { return device_->computeType(); }
   int64_t passTokens() const override { return device_->passTokens(); }
+  int64_t lowRankRoom() const override { return device_->lowRankRoom(); }
   // Operation by operation: a recording replayed as a whole could not be timed in parts.
   void recorded(const std::function<void()>& body) override { body(); }
 
@@ -37,6 +38,7 @@ class ProfiledDevice : public Device {
   void upload(void* device, const void* host, size_t bytes) override;
   void download(void* host, const void* device, size_t bytes) override;
   void zero(void* device, size_t bytes) override;
+  void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override { device_->synchronize(); }
   size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override {
     return device_->workspaceBytes(labelRows, vocabulary);
@@ -96,6 +98,11 @@ class ProfiledDevice : public Device {
   void mirrorLower(double* a, int64_t n) override;
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
+  void scale(const Matrix& x, double factor) override;
+  void blend(double* a, double alpha, const double* b, double beta, int64_t count) override;
+  void addToDiagonal(double* a, int64_t n, double value) override;
+  void scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) override;
+  int64_t countNonFinite(const Matrix& x) override;
 
  private:
   struct Work {

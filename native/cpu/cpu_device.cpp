@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "core/cpu_info.h"
+#include "core/device_factory.h"
 #include "cpu/products.h"
 
 namespace lora_da::cpu {
@@ -24,3 +25,11 @@ CpuDevice::CpuDevice(const DeviceOptions& options)
 CpuDevice::~CpuDevice() = default;
 
 }  // namespace lora_da::cpu
+
+namespace lora_da {
+
+std::unique_ptr<Device> makeCpuDevice(const DeviceOptions& options) {
+  return std::make_unique<cpu::CpuDevice>(options);
+}
+
+}  // namespace lora_da

@@ -23,6 +23,7 @@ class CpuDevice : public Device {
   DType computeType() const override { return computeType_; }
   // Activations of more would leave the caches and take memory; weights are read for enough rows at a time already.
   int64_t passTokens() const override { return 1536; }
+  int64_t lowRankRoom() const override { return 0; }  // a panel takes the term along as it is
   void recorded(const std::function<void()>& body) override { body(); }
 
   // memory.cpp
@@ -30,6 +31,7 @@ class CpuDevice : public Device {
   void upload(void* device, const void* host, size_t bytes) override;
   void download(void* host, const void* device, size_t bytes) override;
   void zero(void* device, size_t bytes) override;
+  void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override {}
   size_t workspaceBytes(int64_t labelRows,
                         int64_t vocabulary) const override;                 // head_loss.cpp: the head's chunk is the largest user
@@ -96,6 +98,13 @@ class CpuDevice : public Device {
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
 
+  // dense_elementwise.cpp
+  void scale(const Matrix& x, double factor) override;
+  void blend(double* a, double alpha, const double* b, double beta, int64_t count) override;
+  void addToDiagonal(double* a, int64_t n, double value) override;
+  void scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) override;
+  int64_t countNonFinite(const Matrix& x) override;
+
  private:
   const TypedKernels& typed(DType type) const { return type == DType::bf16 ? kernels_.bf16 : kernels_.f32; }
   const TypedKernels& typed() const { return typed(computeType_); }
@@ -107,6 +116,8 @@ class CpuDevice : public Device {
   void* grow(Scratch& scratch, size_t bytes, const char* purpose);
   void* scratch(size_t bytes) { return grow(scratch_, bytes, "scratch of the CPU device"); }
 
+  // matmul of float64 (dense.cpp).
+  void denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c);
   void blasSecondMoment(const Matrix& x, const Matrix& z);
   int64_t headChunkRows(int64_t rows, int64_t vocabulary) const;
   // Own products with panels of weights, or oneDNN's (linear.cpp).

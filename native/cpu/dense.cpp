@@ -95,6 +95,23 @@ void lowestTridiagonal(const double* diagonal, const double* offDiagonal, int n,
 
 }  // namespace
 
+void CpuDevice::denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
+                             const Matrix& c) {
+  const auto sideOf = [](Transpose transpose) { return transpose == Transpose::yes ? CblasTrans : CblasNoTrans; };
+  const int m = static_cast<int>(c.rows), n = static_cast<int>(c.cols),
+            k = static_cast<int>(ta == Transpose::yes ? a.rows : a.cols);
+  const double beta = accumulate ? 1 : 0;
+  if (n == 1) {  // dgemm copies the matrix first, which takes longer than the product with one column
+    const LapackThreads threads(std::max(m, k));  // dgemv's sums depend on their number
+    cblas_dgemv(CblasRowMajor, sideOf(ta), static_cast<int>(a.rows), static_cast<int>(a.cols), alpha, a.as<double>(),
+                static_cast<int>(a.stride), b.as<double>(), tb == Transpose::yes ? 1 : static_cast<int>(b.stride), beta,
+                c.as<double>(), static_cast<int>(c.stride));
+    return;
+  }
+  cblas_dgemm(CblasRowMajor, sideOf(ta), sideOf(tb), m, n, k, alpha, a.as<double>(), static_cast<int>(a.stride), b.as<double>(),
+              static_cast<int>(b.stride), beta, c.as<double>(), static_cast<int>(c.stride));
+}
+
 int64_t CpuDevice::choleskyFactor(double* a, int64_t n) {
   const int order = static_cast<int>(n);
   const LapackThreads threads(n);

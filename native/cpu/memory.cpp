@@ -50,6 +50,10 @@ void CpuDevice::zero(void* device, size_t bytes) {
   if (bytes > 0) std::memset(device, 0, bytes);
 }
 
+void CpuDevice::copy(void* to, const void* from, size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
+
 void* CpuDevice::grow(Scratch& scratch, size_t bytes, const char* purpose) {
   if (bytes > scratch.bytes) {
     // The old memory goes first, so that both never exist together.

@@ -1,7 +1,5 @@
 #include "cpu/products.h"
 
-#include <cblas.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -135,12 +133,7 @@ void Products::run(const ProductKey& key, const void* a, const void* b, const fl
 void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
                        const Matrix& c) {
   const int64_t m = c.rows, n = c.cols, k = ta == Transpose::yes ? a.rows : a.cols;
-  if (a.dtype == DType::f64) {
-    cblas_dgemm(CblasRowMajor, ta == Transpose::yes ? CblasTrans : CblasNoTrans, tb == Transpose::yes ? CblasTrans : CblasNoTrans,
-                static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), alpha, a.as<double>(), static_cast<int>(a.stride),
-                b.as<double>(), static_cast<int>(b.stride), accumulate ? 1.0 : 0.0, c.as<double>(), static_cast<int>(c.stride));
-    return;
-  }
+  if (a.dtype == DType::f64) return denseProduct(ta, a, tb, b, alpha, accumulate, c);
   if (hasPanels() && a.dtype == computeType_ && b.dtype == computeType_) {
     // LoRA's factors: few columns, or a sum over the tokens with few rows.
     if (ta == Transpose::no && tb == Transpose::yes && !accumulate && n <= thinWidth) return thinProduct(a, b, alpha, c);

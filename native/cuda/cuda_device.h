@@ -28,6 +28,7 @@ class CudaDevice : public Device {
   std::string name() const override { return name_; }
   DType computeType() const override { return computeType_; }
   int64_t passTokens() const override { return 8192; }
+  int64_t lowRankRoom() const override { return 64; }
   void recorded(const std::function<void()>& body) override { queue_.recorded(body); }
 
   // memory.cpp
@@ -35,6 +36,7 @@ class CudaDevice : public Device {
   void upload(void* device, const void* host, size_t bytes) override;
   void download(void* host, const void* device, size_t bytes) override;
   void zero(void* device, size_t bytes) override;
+  void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override;
   DeviceMemory memory() const override;
 
@@ -103,6 +105,13 @@ class CudaDevice : public Device {
   void concurrently(int64_t order, int64_t items, const std::function<void(int64_t, int)>& body) override;
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
+
+  // dense_elementwise.cu
+  void scale(const Matrix& x, double factor) override;
+  void blend(double* a, double alpha, const double* b, double beta, int64_t count) override;
+  void addToDiagonal(double* a, int64_t n, double value) override;
+  void scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) override;
+  int64_t countNonFinite(const Matrix& x) override;
 
   Queue& queue() { return queue_; }
 

@@ -52,6 +52,10 @@ void CudaDevice::zero(void* device, size_t bytes) {
   queue_.fill(device, 0, bytes);
 }
 
+void CudaDevice::copy(void* to, const void* from, size_t bytes) {
+  queue_.copy(to, from, bytes);
+}
+
 void CudaDevice::synchronize() {
   queue_.synchronize();
 }

@@ -26,7 +26,7 @@ size_t statisticsBytes(const Projection& group, const InitializerNeeds& needs) {
 // Beside the statistics, whose place the factor and the inverse of an input moment take.
 size_t solveBytes(Decoder& model, const CollectionWork& work) {
   const auto& projections = model.projections();
-  size_t method = 0, inverse = 0, gradient = 0;
+  size_t method = 0, inverse = 0;
   int64_t order = 0;
   for (size_t i = 0; i < projections.size(); ++i) {
     if (!work.wanted[i]) continue;
@@ -38,10 +38,9 @@ size_t solveBytes(Decoder& model, const CollectionWork& work) {
     if (work.method.needs.inputMoment && work.modules[i] > 1) {
       inverse = std::max(inverse, bytesOf(group.in * group.in, sizeof(double)));
     }
-    if (work.method.needs.gradient) gradient = std::max(gradient, bytesOf(group.out * group.in, sizeof(float)));
   }
-  // A group's gradient is copied to the host. Several groups may be at work at once.
-  return (method + inverse + gradient) * static_cast<size_t>(model.device().concurrency(order));
+  // Several groups may be at work at once.
+  return (method + inverse) * static_cast<size_t>(model.device().concurrency(order));
 }
 
 size_t deviceBytes(Decoder& model, const CollectionWork& work) {

@@ -15,17 +15,6 @@ double meanFactor(int64_t count) {
   return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
 }
 
-template <class T>
-std::vector<T> takeMean(Device& device, Buffer& sums, int64_t count, int64_t divisor) {
-  std::vector<T> values(static_cast<size_t>(count));
-  device.download(values.data(), sums.get(), values.size() * sizeof(T));
-  device.synchronize();
-  sums.reset();
-  const double factor = meanFactor(divisor);
-  for (T& value : values) value = static_cast<T>(static_cast<double>(value) * factor);
-  return values;
-}
-
 }  // namespace
 
 Statistics::Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted,
@@ -85,18 +74,21 @@ GroupStatistics Statistics::take(size_t index) {
   const Projection& group = *projections_[index];
   Sums& sums = sums_[index];
   GroupStatistics result;
-  if (sums.gradient) result.gradient = takeMean<float>(device_, sums.gradient, group.out * group.in, samples_);
-  if (sums.outputFactor) result.outputFactor = takeMean<double>(device_, sums.outputFactor, group.out, maskedTokens_);
+  if (sums.gradient) {
+    device_.scale({sums.gradient.get(), DType::f32, group.out, group.in, group.in}, meanFactor(samples_));
+    result.gradient = std::move(sums.gradient);
+  }
   if (sums.inputMoment) {
-    const double factor = meanFactor(maskedTokens_);
-    PanelCopier(device_).transform(static_cast<double*>(sums.inputMoment.get()), group.in, group.in,
-                                   [&](int64_t first, int64_t last, double* panel) {
-                                     for (int64_t i = first; i < last; ++i) {
-                                       double* row = panel + (i - first) * group.in;
-                                       for (int64_t j = 0; j <= i; ++j) row[j] *= factor;
-                                     }
-                                   });
+    device_.scale(denseView(static_cast<double*>(sums.inputMoment.get()), group.in, group.in), meanFactor(maskedTokens_));
     result.inputMoment = std::move(sums.inputMoment);
+  }
+  if (sums.outputFactor) {
+    const Matrix diagonal = denseView(static_cast<double*>(sums.outputFactor.get()), 1, group.out);
+    device_.scale(diagonal, meanFactor(maskedTokens_));
+    result.outputFactor.resize(static_cast<size_t>(group.out));
+    device_.download(result.outputFactor.data(), diagonal.data, result.outputFactor.size() * sizeof(double));
+    device_.synchronize();
+    sums.outputFactor.reset();
   }
   return result;
 }

@@ -16,11 +16,11 @@ namespace lora_da {
 // Which tokens Z and ydiag are averaged over; G always takes all.
 enum class TokenMask { attention, labels };
 
-// One group's statistics: on the host, but for the largest.
+// One group's statistics: on the device, but for the smallest.
 struct GroupStatistics {
-  std::vector<float> gradient;       // [out, in], mean over samples; the rows of a module are those of its columns in the group
-  Buffer inputMoment;                // [in, in] float64 on the device, mean over masked tokens; the lower triangle
-  std::vector<double> outputFactor;  // [out], mean over masked tokens
+  Buffer gradient;     // [out, in] float32, mean over samples; the rows of a module are those of its columns in the group
+  Buffer inputMoment;  // [in, in] float64, mean over masked tokens; the lower triangle
+  std::vector<double> outputFactor;  // [out], host memory, mean over masked tokens
 };
 
 // Z is summed in float64: the damping may be far below float32's rounding of Z, and the small eigenvalues it is added to, or the

@@ -106,7 +106,7 @@ class Solver {
       input.in = group.in;
       input.rank = lora_.rank();
       input.options = initialization_.options;
-      if (method_.needs.gradient) input.gradient = data.gradient.data() + block.offset * group.in;
+      if (method_.needs.gradient) input.gradient = static_cast<const float*>(data.gradient.get()) + block.offset * group.in;
       if (method_.needs.inputMoment) input.inputMoment = &worker.moment;
       if (method_.needs.outputFactor) input.outputFactor = data.outputFactor.data() + block.offset;
       Factors factors;

@@ -35,7 +35,7 @@ struct InitializationOptions {
 struct InitializationInput {
   std::string module;
   int64_t out = 0, in = 0, rank = 0;
-  const float* gradient = nullptr;       // G [out, in], host memory
+  const float* gradient = nullptr;       // G [out, in], device memory
   InputMoment* inputMoment = nullptr;    // Z, shared by the modules of a group
   const double* outputFactor = nullptr;  // ydiag [out], host memory
   InitializationOptions options;

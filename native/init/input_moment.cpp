@@ -5,7 +5,6 @@
 // init_test.cpp asserts it bit by bit. The damping is added in float64, where it is not lost below float32's rounding of Z.
 #include "init/input_moment.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -42,14 +41,9 @@ void InputMoment::factor(InitializationWorkspace& workspace, double damping) {
   if (state_ != State::moment) return;
   Device& device = workspace.device;
   const int64_t n = in_;
-  workspace.panels.transform(z_, n, n, [&](int64_t first, int64_t last, double* panel) {
-    for (int64_t i = first; i < last; ++i) {
-      double* row = panel + (i - first) * n;
-      requireFinite(row, i + 1, module_, "the input second moment Z");
-      row[i] += damping;
-    }
-  });
   device.mirrorLower(z_, n);
+  requireFinite(device, denseView(z_, n, n), module_, "the input second moment Z");
+  device.addToDiagonal(z_, n, damping);
   norm_ = largestEigenvalue(workspace, z_, n, kConditionTolerance);
   const int64_t minor = device.choleskyFactor(z_, n);
   if (minor != 0) throwNotPositiveDefinite(module_, minor, n, damping);
@@ -66,7 +60,7 @@ const DampedInverse& InputMoment::invert(InitializationWorkspace& workspace) {
   double* inverse = z_;
   if (modules_ > 1) {
     inverse = inverse_.reserve(device, in_ * in_, "the inverse of an input second moment");
-    workspace.panels.copy(inverse, z_, in_, in_);
+    device.copy(inverse, z_, static_cast<size_t>(in_ * in_) * sizeof(double));
   }
   device.choleskyInverse(inverse, in_);
   const double norm = largestEigenvalue(workspace, inverse, in_, kConditionTolerance);

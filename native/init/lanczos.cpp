@@ -1,9 +1,13 @@
-// Lanczos with full reorthogonalization (Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13). The basis lives on the host:
-// it is k x n for the few dozen steps k that are needed, and only matrix times vector runs on the device.
+// Lanczos with full reorthogonalization (Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13). With the basis V [k, n] and
+// its last row v, a step takes
+//   w = A v;   twice: w -= V^T (V w);   beta = |w|;   the next row of V = w / beta
+// on the device, and the diagonal entry v w and beta come to the host, where the tridiagonal matrix is.
 #include "init/lanczos.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "core/error.h"
@@ -15,12 +19,7 @@ namespace {
 
 constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 constexpr int kStepsBetweenTests = 4;
-
-double dot(const double* x, const double* y, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
+constexpr const char* kBasisPurpose = "Lanczos vectors";
 
 // Implicit QL on a symmetric tridiagonal matrix, carrying only the last row of its eigenvectors (Golub & Welsch 1969):
 // diagonal [k] becomes the eigenvalues, unordered; lastRow [k] the last component of each eigenvector.
@@ -91,46 +90,59 @@ Ritz largestRitz(const std::vector<double>& diagonal, const std::vector<double>&
   return {values[top], residual < 0.01 * distance ? residual * (residual / distance) : residual};
 }
 
+// Always the same random vector [n] of norm 1, as the first row of V.
+void writeStart(InitializationWorkspace& workspace, int64_t n) {
+  std::vector<double> start(static_cast<size_t>(n));
+  Random random(0, "Lanczos start");
+  for (double& value : start) value = random.normal();
+  const double norm = std::sqrt(std::inner_product(start.begin(), start.end(), start.begin(), 0.0));
+  for (double& value : start) value /= norm;
+  double* basis = workspace.krylov.reserve(workspace.device, n, kBasisPurpose);
+  workspace.device.upload(basis, start.data(), start.size() * sizeof(double));
+}
+
+struct Step {
+  double diagonal = 0;
+  double beta = 0;
+};
+
+// The step from row k - 1 of V to row k, which is not yet divided by beta.
+Step advance(InitializationWorkspace& workspace, const double* matrix, int64_t n, int64_t k) {
+  Device& device = workspace.device;
+  double* basis = workspace.krylov.extend(device, (k + 1) * n, kBasisPurpose);
+  // V w of the second pass, V w of the first, whose last element is the diagonal entry, and beta^2 after it.
+  double* second = workspace.coefficients.reserve(device, 2 * k + 1, "Lanczos coefficients");
+  double *first = second + k, *square = first + k;
+  const Matrix v = denseView(basis, k, n), last = denseView(basis + (k - 1) * n, n, 1), w = denseView(basis + k * n, n, 1);
+  device.matmul(Transpose::no, denseView(matrix, n, n), Transpose::no, last, 1.0f, false, w);
+  for (double* overlaps : {first, second}) {  // twice is enough (Giraud, Langou & Rozloznik 2005)
+    device.matmul(Transpose::no, v, Transpose::no, w, 1.0f, false, denseView(overlaps, k, 1));
+    device.matmul(Transpose::yes, v, Transpose::no, denseView(overlaps, k, 1), -1.0f, true, w);
+  }
+  device.matmul(Transpose::yes, w, Transpose::no, w, 1.0f, false, denseView(square, 1, 1));
+  double numbers[2];
+  device.download(numbers, square - 1, sizeof numbers);
+  device.synchronize();
+  return {numbers[0], std::sqrt(numbers[1])};
+}
+
 }  // namespace
 
 double largestEigenvalue(InitializationWorkspace& workspace, const double* matrix, int64_t n, double tolerance) {
-  Device& device = workspace.device;
-  double* x = workspace.vectorIn.reserve(device, n, "a Lanczos vector");
-  double* y = workspace.vectorOut.reserve(device, n, "a Lanczos vector");
-  const size_t bytes = static_cast<size_t>(n) * sizeof(double);
-
-  std::vector<std::vector<double>> basis(1, std::vector<double>(static_cast<size_t>(n)));
-  Random random(0, "Lanczos start");
-  for (double& value : basis[0]) value = random.normal();
-  const double startNorm = std::sqrt(dot(basis[0].data(), basis[0].data(), n));
-  for (double& value : basis[0]) value /= startNorm;
-
-  std::vector<double> diagonal, offDiagonal, w(static_cast<size_t>(n));
+  writeStart(workspace, n);
+  std::vector<double> diagonal, offDiagonal;
   double scale = 0;  // the largest coefficient so far, of the matrix' own magnitude
-  for (;;) {
-    const std::vector<double>& current = basis.back();
-    device.upload(x, current.data(), bytes);
-    device.matmul(Transpose::no, denseView(matrix, n, n), Transpose::no, denseView(x, n, 1), 1.0f, false, denseView(y, n, 1));
-    device.download(w.data(), y, bytes);
-    device.synchronize();
-    diagonal.push_back(dot(w.data(), current.data(), n));
-    for (int pass = 0; pass < 2; ++pass) {  // twice is enough (Kahan & Parlett)
-      for (const std::vector<double>& vector : basis) {
-        const double overlap = dot(w.data(), vector.data(), n);
-        for (int64_t i = 0; i < n; ++i) w[i] -= overlap * vector[i];
-      }
-    }
-    const double beta = std::sqrt(dot(w.data(), w.data(), n));
-    scale = std::max({scale, std::abs(diagonal.back()), beta});
-    const int64_t steps = static_cast<int64_t>(diagonal.size());
+  for (int64_t steps = 1;; ++steps) {
+    const auto [entry, beta] = advance(workspace, matrix, n, steps);
+    diagonal.push_back(entry);
+    scale = std::max({scale, std::abs(entry), beta});
     const bool exhausted = steps == n || beta <= kEpsilon * scale;
     if (exhausted || steps % kStepsBetweenTests == 0) {
       const Ritz ritz = largestRitz(diagonal, offDiagonal, exhausted ? 0 : beta);
       if (exhausted || ritz.error <= tolerance * ritz.value) return std::max(ritz.value, 0.0);
     }
     offDiagonal.push_back(beta);
-    for (double& value : w) value /= beta;
-    basis.push_back(w);
+    workspace.device.scale(denseView(workspace.krylov.get() + steps * n, 1, n), 1 / beta);
   }
 }
 

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "core/error.h"
@@ -68,17 +69,14 @@ OutputWeights outputWeights(const InitializationInput& input) {
 // delta [in, out], not yet divided by sigma.
 double* solveDelta(const InitializationInput& input, const std::vector<double>& yinv, InitializationWorkspace& workspace) {
   const int64_t in = input.in, out = input.out;
-  requireFinite(input.gradient, out * in, input.module, "the gradient G");
-  double* delta = workspace.delta.reserve(workspace.device, in * out, "LoRA-DA's delta");
-  workspace.panels.write(delta, in, out, [&](int64_t first, int64_t last, double* panel) {
-    constexpr int64_t block = 16;  // a transposition: a block's rows of G and of the panel share cache lines
-    for (int64_t row = first; row < last; row += block) {
-      for (int64_t j = 0; j < out; ++j) {
-        for (int64_t i = row; i < std::min(last, row + block); ++i)
-          panel[(i - first) * out + j] = -yinv[j] * input.gradient[j * in + i];
-      }
-    }
-  });
+  Device& device = workspace.device;
+  requireFinite(device, {const_cast<float*>(input.gradient), DType::f32, out, in, in}, input.module, "the gradient G");
+  std::vector<double> negated(yinv.size());
+  std::transform(yinv.begin(), yinv.end(), negated.begin(), std::negate<double>());
+  double* scale = workspace.outputScale.reserve(device, out, "LoRA-DA's output scale");
+  device.upload(scale, negated.data(), negated.size() * sizeof(double));
+  double* delta = workspace.delta.reserve(device, in * out, "LoRA-DA's delta");
+  device.scaledTranspose(input.gradient, out, in, scale, delta);
   input.inputMoment->solve(workspace, delta, out);
   return delta;
 }
@@ -159,7 +157,7 @@ void initializeLoraDa(const InitializationInput& input, InitializationWorkspace&
   const double divisor = sigma > 0 ? sigma : 1;
   const double variance = options.varianceWeight * (weights.sum / options.population) / (divisor * divisor);
   requireDetermined(input, sigma, variance);
-  workspace.panels.blend(omega, -options.biasWeight / (divisor * divisor), inverse.values, variance, in, in);
+  device.blend(omega, -options.biasWeight / (divisor * divisor), inverse.values, variance, in * in);
 
   const int64_t count = std::min(rank + 1, in);
   double* values = workspace.values.reserve(device, count, "LoRA-DA's eigenvalues");

@@ -35,8 +35,9 @@ class Arena {
   T* array(int64_t count) {
     return static_cast<T*>(take(static_cast<size_t>(count) * sizeof(T)));
   }
-  Matrix matrix(DType type, int64_t rows, int64_t cols) {
-    return {take(static_cast<size_t>(rows * cols) * sizeOf(type)), type, rows, cols, cols};
+  Matrix matrix(DType type, int64_t rows, int64_t cols, int64_t room = 0) {
+    const int64_t stride = cols + room;
+    return {take(static_cast<size_t>(rows * stride) * sizeOf(type)), type, rows, cols, stride, room};
   }
 
  private:

@@ -9,9 +9,9 @@
 
 namespace lora_da {
 
-Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
+Decoder::Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, std::unique_ptr<Device> device,
                  const std::function<void(int64_t, int64_t)>& progress)
-    : spec_(std::move(spec)), device_(makeDevice(options)), heldBefore_(device_->memory().held), files_(std::move(tensors)) {
+    : spec_(std::move(spec)), device_(std::move(device)), heldBefore_(device_->memory().held), files_(std::move(tensors)) {
   weights_ = loadWeights(*device_, spec_, files_, [&](int64_t done, int64_t total) {
     checkCancelled();
     progress(done, total);
@@ -56,7 +56,7 @@ StepBuffers Decoder::prepareStep(PackedBatch& batch, const LoraSet* lora, const 
   const auto layout = [&](Arena& arena) {
     arena.rewind();
     batch.layout(arena);
-    return layoutStep(arena, spec_, device_->computeType(), lora, shape);
+    return layoutStep(arena, spec_, *device_, lora, shape);
   };
   Arena counting;
   layout(counting);
@@ -98,12 +98,10 @@ void Decoder::headForward(const Pass& pass, bool gradient) {
                       gradient ? &buffers.labelGrad : nullptr);
   }
   if (!gradient) return;
-  const size_t streamBytes = static_cast<size_t>(batch.rows * spec_.hiddenSize) * sizeof(float);
-  device_->zero(buffers.normedGrad.data, streamBytes);
-  device_->zero(buffers.streamGrad.data, streamBytes);
-  if (const Matrix* rounded = buffers.roundedGrad()) {
-    device_->zero(rounded->data, static_cast<size_t>(batch.rows * spec_.hiddenSize) * sizeOf(rounded->dtype));
-  }
+  const auto zero = [&](const Matrix& m) { device_->zero(m.data, static_cast<size_t>(m.rows * m.stride) * sizeOf(m.dtype)); };
+  zero(buffers.normedGrad);
+  zero(buffers.streamGrad);
+  if (const Matrix* rounded = buffers.roundedGrad()) zero(*rounded);
   if (batch.labelRows == 0) return;
   device_->scatterAddRows(buffers.labelGrad, batch.deviceLabelIndex, buffers.normedGrad);
   device_->rmsNormGrad(buffers.finalInput.data ? buffers.finalInput : buffers.finalStream, buffers.finalRstd, finalNorm(),
@@ -243,7 +241,7 @@ MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, int64_t maxL
   MemoryPlan plan;
   plan.weights = weights_.bytes;
   Arena arena;
-  layoutStep(arena, spec_, device_->computeType(), lora_ ? &*lora_ : nullptr,
+  layoutStep(arena, spec_, *device_, lora_ ? &*lora_ : nullptr,
              {roundRows(tokens), roundRows(labelTokens), recompute == Recompute::layer ? Keep::layerInputs : Keep::all, true});
   plan.activations = arena.used();
   plan.adapters = lora_ ? lora_->bytes() : 0;

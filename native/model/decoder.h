@@ -51,7 +51,7 @@ struct MemoryPlan {
 
 class Decoder {
  public:
-  Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, const DeviceOptions& options,
+  Decoder(DecoderSpec spec, std::vector<TensorSource> tensors, std::unique_ptr<Device> device,
           const std::function<void(int64_t, int64_t)>& progress);
 
   const DecoderSpec& spec() const { return spec_; }

@@ -83,6 +83,8 @@ std::vector<int32_t> Decoder::generate(const GenerateOptions& options, const std
     next.rows = 1;  // one row: rounding up would multiply the work of every product
     next.ids.resize(1);
     next.positions.assign(1, static_cast<int32_t>(cache.length));
+    next.rowFirst.resize(1);
+    next.rowEnd.resize(1);
     logits = nextLogits(next, cache);
   }
 }

@@ -54,7 +54,7 @@ size_t Decoder::collectionBytes(PackedBatch batch, bool layerByLayer) const {
   if (!layerByLayer) shape.keep = Keep::all;
   Arena arena;
   batch.layout(arena);
-  layoutStep(arena, spec_, device_->computeType(), nullptr, shape);
+  layoutStep(arena, spec_, *device_, nullptr, shape);
   return arena.used();
 }
 

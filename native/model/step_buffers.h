@@ -96,6 +96,6 @@ struct PassShape {
 };
 
 // `lora` null: no adapters.
-StepBuffers layoutStep(Arena& arena, const DecoderSpec& spec, DType computeType, const LoraSet* lora, const PassShape& shape);
+StepBuffers layoutStep(Arena& arena, const DecoderSpec& spec, const Device& device, const LoraSet* lora, const PassShape& shape);
 
 }  // namespace lora_da

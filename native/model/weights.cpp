@@ -51,7 +51,7 @@ class Loader {
       group.out += linear.out;
       biased = biased || linear.bias;
     }
-    group.weight = device_.prepare(parts, {true, index != 0, false});  // nothing trainable lies below the first group
+    group.weight = device_.prepare(parts, {true, index != 0, false, true});  // nothing trainable lies below the first group
     weights_.parameters += group.out * group.in;
     weights_.bytes += group.weight->bytes;
     if (biased) group.bias = bias(prefix, linears, group);

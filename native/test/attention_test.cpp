@@ -26,41 +26,41 @@ struct Problem {
   Case c;
   int64_t rows, qCols, kvCols;
   TestMatrix qkv, out, dout, dqkv;
-  Sequences sequences;
-  std::vector<float> lse;
-  std::vector<int32_t> rowFirst, rowEnd;
+  DeviceVector<float> lse;
+  DeviceVector<int32_t> rowFirst, rowEnd;
 
-  Problem(const Case& chosen, DType type, std::mt19937_64& random)
+  Problem(Device& device, const Case& chosen, DType type, std::mt19937_64& random)
       : c(chosen),
         rows(chosen.starts.back() + chosen.padding),
         qCols(int64_t{chosen.shape.heads} * chosen.shape.headDim),
         kvCols(int64_t{chosen.shape.kvHeads} * chosen.shape.headDim),
-        qkv(type, rows, qCols + 2 * kvCols, 3),
-        out(type, rows, qCols, 5),
-        dout(type, rows, qCols),
-        dqkv(type, rows, qCols + 2 * kvCols, 1),
-        lse(static_cast<size_t>(rows * chosen.shape.heads), -1.0f) {
+        qkv(device, type, rows, qCols + 2 * kvCols, 3),
+        out(device, type, rows, qCols, 5),
+        dout(device, type, rows, qCols),
+        dqkv(device, type, rows, qCols + 2 * kvCols, 1),
+        lse(device, static_cast<size_t>(rows * chosen.shape.heads), -1.0f),
+        rowFirst(device, static_cast<size_t>(rows)),
+        rowEnd(device, static_cast<size_t>(rows)) {
     qkv.randomize(random);
     dout.randomize(random);
     out.randomize(random);  // must be overwritten
     dqkv.randomize(random);
-    sequences.hostStarts = c.starts;
     for (int32_t t = 0; t < rows; ++t) {
       const auto after = std::upper_bound(c.starts.begin(), c.starts.end(), t);
-      rowFirst.push_back(after == c.starts.end() ? t : *(after - 1));
-      rowEnd.push_back(after == c.starts.end() ? t : *after);
+      rowFirst.edit()[static_cast<size_t>(t)] = after == c.starts.end() ? t : *(after - 1);
+      rowEnd.edit()[static_cast<size_t>(t)] = after == c.starts.end() ? t : *after;
     }
-    sequences.rowFirst = rowFirst.data();
-    sequences.rowEnd = rowEnd.data();
   }
-  Matrix q() const { return qkv.view.columns(0, qCols); }
-  Matrix k() const { return qkv.view.columns(qCols, kvCols); }
-  Matrix v() const { return qkv.view.columns(qCols + kvCols, kvCols); }
+  Matrix q() const { return qkv.view().columns(0, qCols); }
+  Matrix k() const { return qkv.view().columns(qCols, kvCols); }
+  Matrix v() const { return qkv.view().columns(qCols + kvCols, kvCols); }
+  Sequences sequences() const { return {c.starts, rowFirst.data(), rowEnd.data()}; }
 
-  void forward(Device& device) { device.attention(q(), k(), v(), sequences, c.shape, out.view, lse.data()); }
+  void forward(Device& device) { device.attention(q(), k(), v(), sequences(), c.shape, out.view(), lse.data()); }
   void backward(Device& device) {
-    device.attentionGrad(q(), k(), v(), out.view, lse.data(), dout.view, sequences, c.shape, dqkv.view.columns(0, qCols),
-                         dqkv.view.columns(qCols, kvCols), dqkv.view.columns(qCols + kvCols, kvCols));
+    const Matrix grad = dqkv.view();
+    device.attentionGrad(q(), k(), v(), out.view(), lse.data(), dout.view(), sequences(), c.shape, grad.columns(0, qCols),
+                         grad.columns(qCols, kvCols), grad.columns(qCols + kvCols, kvCols));
   }
 };
 
@@ -124,8 +124,8 @@ AttentionShape shapeOf(int32_t heads, int32_t kvHeads, int32_t headDim, int32_t 
   return shape;
 }
 
-const std::vector<Case>& cases() {
-  static const std::vector<Case> all = {
+std::vector<Case> allCases() {
+  return {
       {shapeOf(3, 1, 12), {0, 1, 8, 9, 74}, 54},
       {shapeOf(4, 2, 16), {0, 5, 70}, 58},
       {shapeOf(2, 2, 20, 7), {0, 100, 129}, 63},
@@ -151,7 +151,16 @@ const std::vector<Case>& cases() {
       {shapeOf(8, 1, 32), {0, 400}, 48},
       {shapeOf(8, 1, 16, 33), {0, 350}, 34},
   };
-  return all;
+}
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> chosen = [] {
+    std::vector<Case> result = allCases();
+    const auto large = [](const Case& c) { return c.starts.back() * c.shape.heads > 600; };
+    if (smallCasesOnly()) result.erase(std::remove_if(result.begin(), result.end(), large), result.end());
+    return result;
+  }();
+  return chosen;
 }
 
 std::string nameOf(const Case& c) {
@@ -161,14 +170,14 @@ std::string nameOf(const Case& c) {
 
 }  // namespace
 
-TEST_CASE("attention and its gradient equal the definition") {
+DEVICE_TEST_CASE("attention and its gradient equal the definition") {
   for (DType type : {DType::f32, DType::bf16}) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     for (const Case& c : cases()) {
       const uint64_t seed = freshSeed();
       INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
       std::mt19937_64 random(seed);
-      Problem p(c, type, random);
+      Problem p(*device, c, type, random);
       const Reference reference(p);
       const int64_t cols = p.qCols + 2 * p.kvCols;
 
@@ -194,14 +203,14 @@ TEST_CASE("attention and its gradient equal the definition") {
   }
 }
 
-TEST_CASE("each of dq, dk and dv equals the definition") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("each of dq, dk and dv equals the definition") {
+  const auto device = tested.make(DType::f32);
   for (const Case& c : cases()) {
     if (c.shape.window == 1) continue;
     const uint64_t seed = freshSeed();
     INFO("seed ", seed, ", ", nameOf(c));
     std::mt19937_64 random(seed);
-    Problem p(c, DType::f32, random);
+    Problem p(*device, c, DType::f32, random);
     const Reference reference(p);
     p.forward(*device);
     p.backward(*device);
@@ -220,15 +229,16 @@ TEST_CASE("each of dq, dk and dv equals the definition") {
   }
 }
 
-TEST_CASE("attention equals the definition for every length up to more than a tile") {
+DEVICE_TEST_CASE("attention equals the definition for every length up to more than a tile") {
   for (DType type : {DType::f32, DType::bf16}) {
-    const auto device = cpuDevice(type);
-    for (int32_t length = 1; length <= 110; length += length < 60 ? 1 : 7) {
+    const auto device = tested.make(type);
+    const auto step = [](int32_t length) { return length < 60 && !smallCasesOnly() ? 1 : 7; };
+    for (int32_t length = 1; length <= 110; length += step(length)) {
       const uint64_t seed = freshSeed();
       const Case c{shapeOf(3, 1, 16, length % 3 == 0 ? 11 : 0), {0, length, 2 * length}, 3};
       INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
       std::mt19937_64 random(seed);
-      Problem p(c, type, random);
+      Problem p(*device, c, type, random);
       const Reference reference(p);
       p.forward(*device);
       p.backward(*device);
@@ -242,17 +252,18 @@ TEST_CASE("attention equals the definition for every length up to more than a ti
 }
 
 // The running maximum is raised only by scores well above it.
-TEST_CASE("attention equals the definition where scores grow along the keys") {
+DEVICE_TEST_CASE("attention equals the definition where scores grow along the keys") {
   for (DType type : {DType::f32, DType::bf16}) {
     for (double slope : {0.01, 0.05, -0.05}) {
-      const auto device = cpuDevice(type);
+      const auto device = tested.make(type);
       const uint64_t seed = freshSeed();
       INFO("seed ", seed, ", ", lora_da::nameOf(type), ", slope ", slope);
       std::mt19937_64 random(seed);
-      Problem p({shapeOf(2, 1, 32), {0, 700}, 4}, type, random);
+      const int32_t length = smallCasesOnly() ? 250 : 700;
+      Problem p(*device, {shapeOf(2, 1, 32), {0, length}, 4}, type, random);
       // Element 0 of every query is 1 and that of every key its position times the slope.
-      for (int64_t i = 0; i < 700; ++i) {
-        const int64_t row = i * p.qkv.view.stride;
+      for (int64_t i = 0; i < length; ++i) {
+        const int64_t row = i * p.qkv.stride();
         for (int64_t h = 0; h < 2; ++h) p.qkv.set(row + h * 32, 1.0);
         p.qkv.set(row + p.qCols, slope * static_cast<double>(i) / static_cast<double>(p.c.shape.scale));
       }
@@ -269,12 +280,12 @@ TEST_CASE("attention equals the definition where scores grow along the keys") {
   }
 }
 
-TEST_CASE("attention survives scores far from zero") {
+DEVICE_TEST_CASE("attention survives scores far from zero") {
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
-  const auto device = cpuDevice(DType::f32);
-  Problem p({shapeOf(1, 1, 16), {0, 150}, 42}, DType::f32, random);
+  const auto device = tested.make(DType::f32);
+  Problem p(*device, {shapeOf(1, 1, 16), {0, 150}, 42}, DType::f32, random);
   p.c.shape.scale = 20.0f;  // scores of several hundred; rows nearly one-hot
   p.forward(*device);
   p.backward(*device);
@@ -286,13 +297,13 @@ TEST_CASE("attention survives scores far from zero") {
   CHECK(finite);
 }
 
-TEST_CASE("a NaN in a key reaches the queries that see it and no other sequence") {
+DEVICE_TEST_CASE("a NaN in a key reaches the queries that see it and no other sequence") {
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
-  const auto device = cpuDevice(DType::f32);
-  Problem p({shapeOf(1, 1, 16), {0, 70, 140}, 52}, DType::f32, random);
-  p.qkv.f32[static_cast<size_t>(30 * p.qkv.view.stride + p.qCols)] = std::nanf("");
+  const auto device = tested.make(DType::f32);
+  Problem p(*device, {shapeOf(1, 1, 16), {0, 70, 140}, 52}, DType::f32, random);
+  p.qkv.set(30 * p.qkv.stride() + p.qCols, std::nan(""));
   p.forward(*device);
   CHECK(std::isfinite(p.out.at(29, 0)));
   CHECK(std::isnan(p.out.at(30, 0)));
@@ -300,32 +311,45 @@ TEST_CASE("a NaN in a key reaches the queries that see it and no other sequence"
   CHECK(std::isfinite(p.out.at(70, 0)));
 }
 
-TEST_CASE("attention has the same bits whatever the number of threads") {
+// The bits of what attention and its gradient write.
+std::vector<std::vector<unsigned char>> results(Problem& p, Device& device) {
+  p.forward(device);
+  p.backward(device);
+  const auto* lse = reinterpret_cast<const unsigned char*>(p.lse.host().data());
+  return {p.out.bits(), p.dqkv.bits(), {lse, lse + p.lse.size() * sizeof(float)}};
+}
+
+TEST_CASE("attention has the same bits whatever the number of threads" * cpuOnly("no other device has threads")) {
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   for (DType type : {DType::f32, DType::bf16}) {
-    std::vector<std::unique_ptr<Problem>> runs;
+    std::vector<std::vector<std::vector<unsigned char>>> runs;
     for (int threads : {1, 2, 3, 2}) {
       std::mt19937_64 random(seed);
-      runs.push_back(std::make_unique<Problem>(Case{shapeOf(4, 2, 32), {0, 300, 301, 1500, 1700}, 28}, type, random));
       const auto device = cpuDevice(type, threads);
-      runs.back()->forward(*device);
-      runs.back()->backward(*device);
-    }
-    for (const auto& run : runs) {
-      CHECK(run->out.f32 == runs[0]->out.f32);
-      CHECK(run->out.bf16 == runs[0]->out.bf16);
-      CHECK(run->dqkv.f32 == runs[0]->dqkv.f32);
-      CHECK(run->dqkv.bf16 == runs[0]->dqkv.bf16);
-      CHECK(run->lse == runs[0]->lse);
+      Problem p(*device, {shapeOf(4, 2, 32), {0, 300, 301, 1500, 1700}, 28}, type, random);
+      runs.push_back(results(p, *device));
+      CHECK(runs.back() == runs.front());
     }
   }
 }
 
-TEST_CASE("attention over no sequence is zero") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("the same attention gives the same bits") {
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  for (DType type : {DType::f32, DType::bf16}) {
+    const auto device = tested.make(type);
+    std::mt19937_64 random(seed);
+    Problem p(*device, {shapeOf(4, 2, 32), {0, 90, 91, 170}, 22}, type, random);
+    const auto first = results(p, *device);
+    CHECK(results(p, *device) == first);
+  }
+}
+
+DEVICE_TEST_CASE("attention over no sequence is zero") {
+  const auto device = tested.make(DType::f32);
   std::mt19937_64 random(freshSeed());
-  Problem p({shapeOf(2, 1, 16), {0}, 64}, DType::f32, random);
+  Problem p(*device, {shapeOf(2, 1, 16), {0}, 64}, DType::f32, random);
   p.forward(*device);
   p.backward(*device);
   for (int64_t i = 0; i < 64; ++i) {
@@ -334,21 +358,21 @@ TEST_CASE("attention over no sequence is zero") {
   }
 }
 
-TEST_CASE("cached attention equals the last row of attention") {
+DEVICE_TEST_CASE("cached attention equals the last row of attention") {
   for (DType type : {DType::f32, DType::bf16}) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     for (const Case& c : cases()) {
       const uint64_t seed = freshSeed();
       INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
       std::mt19937_64 random(seed);
       Case last = c;
       last.starts = {0, c.starts.back()};
-      Problem p(last, type, random);
+      Problem p(*device, last, type, random);
       const Reference reference(p);
       const int64_t length = c.starts.back();
-      TestMatrix out(type, 1, p.qCols);
+      TestMatrix out(*device, type, 1, p.qCols);
       device->attentionCached(p.q().rowRange(length - 1, 1), p.k().rowRange(0, length), p.v().rowRange(0, length), c.shape,
-                              out.view);
+                              out.view());
       CHECK(relativeError(out, [&](int64_t, int64_t j) {
               return reference.out[static_cast<size_t>((length - 1) * p.qCols + j)];
             }) < tolerance(type));

@@ -39,12 +39,14 @@ struct HostStatistics {
 
 HostStatistics takeToHost(Decoder& model, Statistics& statistics, size_t group) {
   GroupStatistics taken = statistics.take(group);
-  const int64_t in = model.projections()[group]->in;
-  HostStatistics host{std::move(taken.gradient), std::vector<double>(static_cast<size_t>(in * in)),
+  const int64_t in = model.projections()[group]->in, out = model.projections()[group]->out;
+  HostStatistics host{std::vector<float>(static_cast<size_t>(out * in)), std::vector<double>(static_cast<size_t>(in * in)),
                       std::move(taken.outputFactor)};
   auto* moment = static_cast<double*>(taken.inputMoment.get());
   model.device().mirrorLower(moment, in);
+  model.device().download(host.gradient.data(), taken.gradient.get(), host.gradient.size() * sizeof(float));
   model.device().download(host.inputMoment.data(), moment, host.inputMoment.size() * sizeof(double));
+  model.device().synchronize();
   return host;
 }
 
@@ -60,12 +62,12 @@ AdapterInitialization loraDa(TokenMask mask, CollectionRequest collection) {
 
 }  // namespace
 
-TEST_CASE("layer-major order adds up the same bits as sample-major") {
+DEVICE_TEST_CASE("layer-major order adds up the same bits as sample-major") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   for (const DType type : {DType::f32, DType::bf16}) {
     RandomCheckpoint checkpoint(seed, 5);
-    const auto model = checkpoint.load(type);
+    const auto model = checkpoint.load(tested, type);
     const std::vector<TokenBatch> batches = threeBatches(checkpoint);
     for (const TokenMask mask : {TokenMask::attention, TokenMask::labels}) {
       Statistics together = collectStatistics(*model, batches, {true, true, true}, mask, ignoreProgress);
@@ -96,7 +98,7 @@ TEST_CASE("layer-major order adds up the same bits as sample-major") {
   }
 }
 
-TEST_CASE("both plans start adapters with the same bits and report modules in the model's order") {
+DEVICE_TEST_CASE("both plans start adapters with the same bits and report modules in the model's order") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   RandomCheckpoint checkpoint(seed, 3);
@@ -107,7 +109,7 @@ TEST_CASE("both plans start adapters with the same bits and report modules in th
       std::vector<AdapterInitializationResult> results;
       std::vector<std::vector<float>> factors;
       for (const CollectionOrder order : {CollectionOrder::sampleMajor, CollectionOrder::layerMajor}) {
-        const auto model = checkpoint.load();
+        const auto model = checkpoint.load(tested);
         model->addLora(modules, 2, 1.0f);
         results.push_back(initializeAdapters(*model, batches, loraDa(mask, {order, 0}), ignoreProgress));
         factors.push_back(flatten(model->lora()->read(model->device(), LoraSet::Array::value)));
@@ -124,9 +126,9 @@ TEST_CASE("both plans start adapters with the same bits and report modules in th
   }
 }
 
-TEST_CASE("an initialization that does not fit says what it needs and leaves the factors alone") {
+DEVICE_TEST_CASE("an initialization that does not fit says what it needs and leaves the factors alone") {
   RandomCheckpoint checkpoint(freshSeed());
-  const auto model = checkpoint.load();
+  const auto model = checkpoint.load(tested);
   model->addLora(checkpoint.modules, 2, 1.0f);
   const auto start = checkpoint.randomFactors(*model);
   model->lora()->write(model->device(), LoraSet::Array::value, start);
@@ -149,9 +151,9 @@ TEST_CASE("an initialization that does not fit says what it needs and leaves the
 }
 
 // Plans count what the process holds, so that budgets a few MB apart tell nothing while freed memory rests.
-TEST_CASE("the fastest plan that fits is taken, with as many streams kept as fit" * doctest::skip(!ownHeap)) {
+DEVICE_TEST_CASE("the fastest plan that fits is taken, with as many streams kept as fit" * doctest::skip(!ownHeap)) {
   RandomCheckpoint checkpoint(freshSeed(), 5);
-  const auto model = checkpoint.load();
+  const auto model = checkpoint.load(tested);
   // A stream of 2^16 tokens takes 6 MB; nothing is computed here.
   const CollectionWork work = loraDaWork(*model, {checkpoint.batch(std::vector<int32_t>(1 << 10, 64))});
   const size_t stream = static_cast<size_t>(work.rows() * model->spec().hiddenSize) * sizeof(float);

@@ -1,5 +1,9 @@
 #include <doctest/doctest.h>
 
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
 #include "test_dense.h"
 #include "test_device.h"
 
@@ -30,10 +34,10 @@ struct Lowest {
 };
 
 Lowest lowest(Device& device, const Dense& matrix, int64_t count) {
-  std::vector<double> a = matrix.toDouble(), values(static_cast<size_t>(count)),
-                      vectors(static_cast<size_t>(count * matrix.rows));
+  const DeviceVector<double> a(device, matrix.toDouble()), values(device, static_cast<size_t>(count)),
+      vectors(device, static_cast<size_t>(count * matrix.rows));
   device.lowestEigenpairs(a.data(), matrix.rows, count, values.data(), vectors.data());
-  return {values, Dense(count, matrix.rows, vectors.data())};
+  return {values.host(), Dense(count, matrix.rows, vectors.host().data())};
 }
 
 double orthogonalityError(const Dense& vectors) {
@@ -50,16 +54,16 @@ double residual(const Dense& matrix, const Lowest& pairs) {
 
 }  // namespace
 
-TEST_CASE("a Cholesky factor multiplies back to its matrix") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a Cholesky factor multiplies back to its matrix") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
   for (const int64_t n : {1, 7, 64, 65, 131}) {
     const Dense matrix = positiveDefinite(n, random);
-    std::vector<double> a = matrix.toDouble();
+    const DeviceVector<double> a(*device, matrix.toDouble());
     REQUIRE(device->choleskyFactor(a.data(), n) == 0);
-    Dense factor(n, n, a.data());
+    Dense factor(n, n, a.host().data());
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = i + 1; j < n; ++j) factor(i, j) = 0;
     }
@@ -67,70 +71,68 @@ TEST_CASE("a Cholesky factor multiplies back to its matrix") {
   }
 }
 
-TEST_CASE("a factorization that fails returns the order of the minor") {
-  const auto device = cpuDevice(DType::f32);
-  std::vector<double> a = identity(9).toDouble();
-  a[4 * 9 + 4] = -1;
+DEVICE_TEST_CASE("a factorization that fails returns the order of the minor") {
+  const auto device = tested.make(DType::f32);
+  DeviceVector<double> a(*device, identity(9).toDouble());
+  a.edit()[4 * 9 + 4] = -1;
   CHECK(device->choleskyFactor(a.data(), 9) == 5);
 }
 
-TEST_CASE("a solution by Cholesky factor satisfies its equations") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a solution by Cholesky factor satisfies its equations") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
   for (const auto& [n, m] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 3}, {65, 1}, {65, 130}, {131, 17}}) {
     const Dense matrix = positiveDefinite(n, random), rightSide = randomMatrix(n, m, random);
-    std::vector<double> factor = matrix.toDouble(), x = rightSide.toDouble();
+    const DeviceVector<double> factor(*device, matrix.toDouble()), x(*device, rightSide.toDouble());
     REQUIRE(device->choleskyFactor(factor.data(), n) == 0);
     device->choleskySolve(factor.data(), n, x.data(), m);
-    const Dense solution(n, m, x.data());
+    const Dense solution(n, m, x.host().data());
     CHECK(difference(product(matrix, solution), rightSide) < 1e-13 * norm(matrix) * norm(solution));
   }
 }
 
-TEST_CASE("an inverse is full and symmetric") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("an inverse is full and symmetric") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
   for (const int64_t n : {1, 7, 64, 65, 131}) {
     const Dense matrix = positiveDefinite(n, random);
-    std::vector<double> a = matrix.toDouble();
+    const DeviceVector<double> a(*device, matrix.toDouble());
     REQUIRE(device->choleskyFactor(a.data(), n) == 0);
     device->choleskyInverse(a.data(), n);
-    const Dense result(n, n, a.data());
+    const Dense result(n, n, a.host().data());
     CHECK(difference(result, transpose(result)) == 0);
     CHECK(difference(product(matrix, result), identity(n)) < 1e-12 * norm(matrix) * norm(result));
   }
 }
 
-TEST_CASE("a symmetric product fills both triangles and adds to what was there") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a symmetric product fills both triangles and adds to what was there") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
   for (const auto& [n, m] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 3}, {65, 130}, {131, 17}}) {
     const Dense a = randomMatrix(n, m, random), before = positiveDefinite(n, random);
-    const std::vector<double> input = a.toDouble();
-    std::vector<double> c = before.toDouble();
+    const DeviceVector<double> input(*device, a.toDouble()), c(*device, before.toDouble());
     device->symmetricProduct(input.data(), n, m, -0.5, 2, c.data());
-    const Dense expected = sum(-0.5L, product(a, transpose(a)), 2, before), result(n, n, c.data());
+    const Dense expected = sum(-0.5L, product(a, transpose(a)), 2, before), result(n, n, c.host().data());
     CHECK(difference(result, expected) < 1e-13 * norm(expected));
     CHECK(difference(result, transpose(result)) == 0);
   }
 }
 
-TEST_CASE("a symmetric product that overwrites does not read what was there") {
-  const auto device = cpuDevice(DType::f32);
-  const std::vector<double> a = {1, 2, 3};
-  std::vector<double> c(9, std::nan(""));
+DEVICE_TEST_CASE("a symmetric product that overwrites does not read what was there") {
+  const auto device = tested.make(DType::f32);
+  const DeviceVector<double> a(*device, {1, 2, 3}), c(*device, 9, std::nan(""));
   device->symmetricProduct(a.data(), 3, 1, 1, 0, c.data());
-  CHECK(c == std::vector<double>{1, 2, 3, 2, 4, 6, 3, 6, 9});
+  CHECK(c.host() == std::vector<double>{1, 2, 3, 2, 4, 6, 3, 6, 9});
 }
 
-TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -145,8 +147,8 @@ TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
   }
 }
 
-TEST_CASE("eigenvectors of tight clusters are orthonormal") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("eigenvectors of tight clusters are orthonormal") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -165,8 +167,8 @@ TEST_CASE("eigenvectors of tight clusters are orthonormal") {
   }
 }
 
-TEST_CASE("eigenpairs of glued Wilkinson matrices, whose clusters are the tightest there are") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("eigenpairs of glued Wilkinson matrices, whose clusters are the tightest there are") {
+  const auto device = tested.make(DType::f32);
   for (const int64_t n : {63, 145, 298}) {
     Dense matrix(n, n);
     for (int64_t i = 0; i < n; ++i) {
@@ -179,8 +181,8 @@ TEST_CASE("eigenpairs of glued Wilkinson matrices, whose clusters are the tighte
   }
 }
 
-TEST_CASE("eigenpairs of diagonal matrices, zero included") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("eigenpairs of diagonal matrices, zero included") {
+  const auto device = tested.make(DType::f32);
   Dense diagonal(9, 9);
   for (int64_t i = 0; i < 9; ++i) diagonal(i, i) = static_cast<Real>((i * 4) % 9);
   const Lowest pairs = lowest(*device, diagonal, 3);
@@ -188,8 +190,8 @@ TEST_CASE("eigenpairs of diagonal matrices, zero included") {
   CHECK(orthogonalityError(lowest(*device, Dense(9, 9), 4).vectors) < 1e-14);
 }
 
-TEST_CASE("an order above the blocked code's crossover, with the spectrum of a harsh omega") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("an order above the blocked code's crossover, with the spectrum of a harsh omega") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -209,8 +211,58 @@ TEST_CASE("an order above the blocked code's crossover, with the spectrum of a h
   CHECK(std::is_sorted(pairs.values.begin(), pairs.values.end()));
 }
 
-TEST_CASE("the same matrix gives the same bits") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("the upper triangle becomes the mirror image of the lower one") {
+  const auto device = tested.make(DType::f32);
+  const DeviceVector<double> a(*device, {1, std::nan(""), 7, 2, 3, std::nan(""), 4, 5, 6});
+  device->mirrorLower(a.data(), 3);
+  CHECK(a.host() == std::vector<double>{1, 2, 4, 2, 3, 5, 4, 5, 6});
+}
+
+DEVICE_TEST_CASE("pieces of work at once are all done, each by one worker at a time") {
+  const auto device = tested.make(DType::f32);
+  const int64_t n = 40, items = 13;
+  const auto workers = static_cast<size_t>(device->concurrency(n));
+  REQUIRE(workers > 0);
+  std::mt19937_64 random(freshSeed());
+  std::vector<Dense> matrices;
+  for (int64_t item = 0; item < items; ++item) matrices.push_back(positiveDefinite(n, random));
+  std::vector<Buffer> memory(workers);
+  for (Buffer& buffer : memory) buffer = device->allocate(n * n * sizeof(double), "test");
+  std::vector<std::atomic<bool>> busy(workers);
+  std::vector<std::vector<double>> inverses(items, std::vector<double>(n * n));
+  std::atomic<bool> shared{false};
+  device->concurrently(n, items, [&](int64_t item, int worker) {
+    const auto index = static_cast<size_t>(worker);
+    if (busy.at(index).exchange(true)) shared = true;
+    auto* a = static_cast<double*>(memory[index].get());
+    device->upload(a, matrices[item].toDouble().data(), n * n * sizeof(double));
+    device->choleskyFactor(a, n);
+    device->choleskyInverse(a, n);
+    device->download(inverses[item].data(), a, n * n * sizeof(double));
+    device->synchronize();
+    busy[index] = false;
+  });
+  CHECK(!shared);
+  for (int64_t item = 0; item < items; ++item) {
+    CHECK(difference(product(matrices[item], Dense(n, n, inverses[item].data())), identity(n)) < 1e-9);
+  }
+}
+
+DEVICE_TEST_CASE("of pieces of work at once the first failure is rethrown") {
+  const auto device = tested.make(DType::f32);
+  std::string message;
+  try {
+    device->concurrently(40, 9, [](int64_t item, int) {
+      if (item >= 3) throw std::runtime_error("item " + std::to_string(item));
+    });
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  CHECK(message == "item 3");
+}
+
+DEVICE_TEST_CASE("the same matrix gives the same bits") {
+  const auto device = tested.make(DType::f32);
   std::mt19937_64 random(freshSeed());
   const Dense matrix = positiveDefinite(131, random);
   const Lowest first = lowest(*device, matrix, 9), second = lowest(*device, matrix, 9);

@@ -32,12 +32,10 @@ std::string describe(uint64_t seed, DType type, int64_t width) {
 }
 
 // The last row and column beyond the view must not be touched.
-bool marginUntouched(const TestMatrix& m, const std::vector<double>& before) {
-  for (int64_t i = 0; i < m.view.rows; ++i) {
-    for (int64_t j = m.view.cols; j < m.view.stride; ++j) {
-      const size_t at = static_cast<size_t>(i * m.view.stride + j);
-      const double now = m.view.dtype == DType::bf16 ? bf16ToFloat(m.bf16[at]) : m.f32[at];
-      if (now != before[at]) return false;
+bool marginUntouched(const TestMatrix& m) {
+  for (int64_t i = 0; i < m.rows(); ++i) {
+    for (int64_t j = m.cols(); j < m.stride(); ++j) {
+      if (m.at(i, j) != m.exactAt(i, j)) return false;
     }
   }
   return true;
@@ -62,56 +60,58 @@ std::vector<double> normGrad(const std::function<double(int64_t)>& x, const std:
 
 }  // namespace
 
-TEST_CASE("rmsNorm normalizes and keeps its input and rstd, from which rmsNormApply makes the same again") {
+DEVICE_TEST_CASE("rmsNorm normalizes and keeps its input and rstd, from which rmsNormApply makes the same again") {
   constexpr float epsilon = 1e-5f;
   for (DType type : types) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     for (int64_t width : widths) {
       const uint64_t seed = freshSeed();
       INFO(describe(seed, type, width));
       std::mt19937_64 random(seed);
-      TestMatrix x(DType::f32, 5, width, 2), y(type, 5, width, 3), kept(type, 5, width, 1);
+      TestMatrix x(*device, DType::f32, 5, width, 2), y(*device, type, 5, width, 3), kept(*device, type, 5, width, 1);
       x.randomize(random);
       y.randomize(random);
-      const std::vector<float> weight = randomFloats(static_cast<size_t>(width), random, 1);
-      std::vector<float> rstd(5);
+      const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(width), random, 1)), rstd(*device, 5);
       const auto rstdOf = [&](int64_t i) {
         return 1 / std::sqrt(meanSquare([&](int64_t j) { return x.exactAt(i, j); }, width) + static_cast<double>(epsilon));
       };
-      device->rmsNorm(x.view, weight.data(), epsilon, y.view, rstd.data(), &kept.view);
+      const Matrix keptView = kept.view();
+      device->rmsNorm(x.view(), weight.data(), epsilon, y.view(), rstd.data(), &keptView);
       const auto expected = [&](int64_t i, int64_t j) { return x.exactAt(i, j) * rstdOf(i) * weight[static_cast<size_t>(j)]; };
       CHECK(relativeError(y, expected) < tolerance(type));
       for (int64_t i = 0; i < 5; ++i) CHECK(rstd[static_cast<size_t>(i)] == doctest::Approx(rstdOf(i)).epsilon(1e-6));
-      CHECK(marginUntouched(y, y.exact));
+      CHECK(marginUntouched(y));
 
       CHECK(relativeError(kept, [&](int64_t i, int64_t j) { return x.exactAt(i, j); }) <= (type == DType::bf16 ? 4e-3 : 0.0));
 
-      TestMatrix again(type, 5, width);
-      device->rmsNormApply(kept.view, rstd.data(), weight.data(), again.view);
+      TestMatrix again(*device, type, 5, width);
+      device->rmsNormApply(kept.view(), rstd.data(), weight.data(), again.view());
       CHECK(relativeError(again, expected) < tolerance(type));
     }
   }
 }
 
-TEST_CASE("rmsNormGrad accumulates the analytic gradient") {
-  for (DType type : types)
+DEVICE_TEST_CASE("rmsNormGrad accumulates the analytic gradient") {
+  for (DType type : types) {
+    const auto device = tested.make(type);
     for (int64_t width : widths) {
-      const auto device = cpuDevice(type);
       if (width == 1) continue;  // the gradient is 0 but for epsilon
       const uint64_t seed = freshSeed();
       INFO(describe(seed, type, width));
       std::mt19937_64 random(seed);
-      TestMatrix x(type, 4, width, 1), dy(DType::f32, 4, width), dx(DType::f32, 4, width, 2), rounded(type, 4, width, 1);
+      TestMatrix x(*device, type, 4, width, 1), dy(*device, DType::f32, 4, width), dx(*device, DType::f32, 4, width, 2),
+          rounded(*device, type, 4, width, 1);
       x.randomize(random, 3);
       dy.randomize(random);
       dx.randomize(random);
-      const std::vector<float> weight = randomFloats(static_cast<size_t>(width), random, 1);
-      std::vector<float> rstd(4);
+      const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(width), random, 1));
+      DeviceVector<float> rstd(*device, 4);
       for (int64_t i = 0; i < 4; ++i) {
-        rstd[static_cast<size_t>(i)] =
+        rstd.edit()[static_cast<size_t>(i)] =
             static_cast<float>(1 / std::sqrt(meanSquare([&](int64_t j) { return x.exactAt(i, j); }, width) + 1e-5));
       }
-      device->rmsNormGrad(x.view, rstd.data(), weight.data(), dy.view, dx.view, &rounded.view);
+      const Matrix roundedView = rounded.view();
+      device->rmsNormGrad(x.view(), rstd.data(), weight.data(), dy.view(), dx.view(), &roundedView);
       std::vector<std::vector<double>> expected;
       for (int64_t i = 0; i < 4; ++i) {
         expected.push_back(normGrad([&](int64_t j) { return x.exactAt(i, j); },
@@ -123,15 +123,16 @@ TEST_CASE("rmsNormGrad accumulates the analytic gradient") {
             }) < tolerance(DType::f32));
       CHECK(relativeError(rounded, [&](int64_t i, int64_t j) { return dx.at(i, j); }) < (type == DType::bf16 ? 4e-3 : 1e-30));
     }
+  }
 }
 
-TEST_CASE("rope and its gradient, with and without a norm over each head") {
+DEVICE_TEST_CASE("rope and its gradient, with and without a norm over each head") {
   struct Head {
     int32_t heads, headDim;
     int64_t pairs;
   };
   for (DType type : types) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     for (const Head& head : {Head{3, 12, 6}, Head{2, 16, 8}, Head{2, 20, 10}, Head{9, 64, 32}, Head{2, 96, 48}, Head{1, 128, 64},
                              Head{2, 80, 16}, Head{1, 7, 2}}) {
       for (bool withNorm : {false, true}) {
@@ -140,21 +141,21 @@ TEST_CASE("rope and its gradient, with and without a norm over each head") {
         std::mt19937_64 random(seed);
         constexpr int64_t rows = 5;
         const int64_t cols = head.heads * head.headDim, pairs = head.pairs;
-        TestMatrix in(type, rows, cols, 7), out(type, rows, cols, 1), d(type, rows, cols, 2);
+        TestMatrix in(*device, type, rows, cols, 7), out(*device, type, rows, cols, 1), d(*device, type, rows, cols, 2);
         in.randomize(random, 2);
         d.randomize(random);
-        const std::vector<float> weight = randomFloats(static_cast<size_t>(head.headDim), random, 1, 0.3);
-        std::vector<float> cos(static_cast<size_t>(10 * pairs)), sin(cos.size());
+        const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(head.headDim), random, 1, 0.3));
+        DeviceVector<float> cos(*device, static_cast<size_t>(10 * pairs)), sin(*device, cos.size());
         for (size_t i = 0; i < cos.size(); ++i) {
           const double angle = std::uniform_real_distribution<double>(0, 6.28)(random);
-          cos[i] = static_cast<float>(std::cos(angle));
-          sin[i] = static_cast<float>(std::sin(angle));
+          cos.edit()[i] = static_cast<float>(std::cos(angle));
+          sin.edit()[i] = static_cast<float>(std::sin(angle));
         }
-        const std::vector<int32_t> positions = {0, 9, 3, 0, 1};
+        const DeviceVector<int32_t> positions(*device, {0, 9, 3, 0, 1});
         HeadNorm norm;
         if (withNorm) norm = {weight.data(), 1e-6f};
         const Rotary rotary{cos.data(), sin.data(), pairs};
-        std::vector<float> rstd(static_cast<size_t>(rows * head.heads));
+        const DeviceVector<float> rstd(*device, static_cast<size_t>(rows * head.heads));
 
         const auto rstdOf = [&](int64_t i, int64_t h) {
           return 1 / std::sqrt(meanSquare([&](int64_t e) { return in.exactAt(i, h * head.headDim + e); }, head.headDim) + 1e-6);
@@ -174,7 +175,7 @@ TEST_CASE("rope and its gradient, with and without a norm over each head") {
           const int64_t h = col / head.headDim;
           return rotated([&](int64_t e) { return normalized(i, h, e); }, i, col % head.headDim, 1);
         };
-        device->rope(in.view, head.heads, head.headDim, norm, rotary, positions.data(), out.view, rstd.data());
+        device->rope(in.view(), head.heads, head.headDim, norm, rotary, positions.data(), out.view(), rstd.data());
         CHECK(relativeError(out, expected) < tolerance(type));
 
         std::vector<std::vector<double>> gradient(static_cast<size_t>(rows * head.heads));
@@ -193,14 +194,14 @@ TEST_CASE("rope and its gradient, with and without a norm over each head") {
             gradient[static_cast<size_t>(i * head.heads + h)] = back;
           }
         }
-        device->ropeGrad(d.view, in.view, head.heads, head.headDim, norm, rotary, positions.data(), rstd.data());
+        device->ropeGrad(d.view(), in.view(), head.heads, head.headDim, norm, rotary, positions.data(), rstd.data());
         CHECK(
             relativeError(d, [&](int64_t i, int64_t col) {
               return gradient[static_cast<size_t>(i * head.heads + col / head.headDim)][static_cast<size_t>(col % head.headDim)];
             }) < tolerance(type));
 
         if (!withNorm) {
-          device->rope(in.view, head.heads, head.headDim, norm, rotary, positions.data(), in.view, nullptr);
+          device->rope(in.view(), head.heads, head.headDim, norm, rotary, positions.data(), in.view(), nullptr);
           CHECK(relativeError(in, [&](int64_t i, int64_t col) { return out.at(i, col); }) == 0);
         }
       }
@@ -208,7 +209,7 @@ TEST_CASE("rope and its gradient, with and without a norm over each head") {
   }
 }
 
-TEST_CASE("gated MLP and its gradient for each activation") {
+DEVICE_TEST_CASE("gated MLP and its gradient for each activation") {
   struct Function {
     Activation activation;
     double (*value)(double);
@@ -230,7 +231,7 @@ TEST_CASE("gated MLP and its gradient for each activation") {
        [](double x) { return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-0.5 * x * x) * root / 2; }},
   };
   for (DType type : types) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     for (const Function& function : functions) {
       for (int64_t width : widths) {
         // Wide values reach both tails; enough of them that not all lie in the lower one, where nothing is left.
@@ -239,15 +240,15 @@ TEST_CASE("gated MLP and its gradient for each activation") {
           const uint64_t seed = freshSeed();
           INFO(describe(seed, type, width), ", activation ", static_cast<int>(function.activation), ", scale ", scale);
           std::mt19937_64 random(seed);
-          TestMatrix gateUp(type, 3, 2 * width, 1), h(type, 3, width, 4), dh(type, 3, width);
+          TestMatrix gateUp(*device, type, 3, 2 * width, 1), h(*device, type, 3, width, 4), dh(*device, type, 3, width);
           gateUp.randomize(random, scale);
           dh.randomize(random);
           const auto gate = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, j); };
           const auto up = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, width + j); };
-          device->gatedMlp(gateUp.view, function.activation, h.view);
+          device->gatedMlp(gateUp.view(), function.activation, h.view());
           CHECK(relativeError(h, [&](int64_t i, int64_t j) { return function.value(gate(i, j)) * up(i, j); }) < tolerance(type));
-          TestMatrix again(type, 3, width, 2);
-          device->gatedMlpGrad(gateUp.view, function.activation, dh.view, again.view);
+          TestMatrix again(*device, type, 3, width, 2);
+          device->gatedMlpGrad(gateUp.view(), function.activation, dh.view(), again.view());
           CHECK(relativeError(again, [&](int64_t i, int64_t j) { return h.at(i, j); }) == 0);
           CHECK(relativeError(gateUp, [&](int64_t i, int64_t j) {
                   return j < width ? dh.exactAt(i, j) * up(i, j) * function.slope(gate(i, j))
@@ -259,30 +260,34 @@ TEST_CASE("gated MLP and its gradient for each activation") {
   }
 }
 
-TEST_CASE("activations of infinite and not-a-number inputs are not made finite") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("activations of infinite and not-a-number inputs are not made finite") {
+  const auto device = tested.make(DType::f32);
   for (Activation activation : {Activation::silu, Activation::geluTanh, Activation::gelu}) {
-    TestMatrix gateUp(DType::f32, 1, 6), h(DType::f32, 1, 3);
-    gateUp.f32 = {std::nanf(""), INFINITY, 1.0f, 1.0f, 1.0f, std::nanf("")};
-    device->gatedMlp(gateUp.view, activation, h.view);
-    CHECK(std::isnan(h.f32[0]));
-    CHECK(!std::isfinite(h.f32[1]));
-    CHECK(std::isnan(h.f32[2]));
+    TestMatrix gateUp(*device, DType::f32, 1, 6), h(*device, DType::f32, 1, 3);
+    const double values[] = {std::nan(""), INFINITY, 1, 1, 1, std::nan("")};
+    for (int64_t i = 0; i < 6; ++i) gateUp.set(i, values[i]);
+    device->gatedMlp(gateUp.view(), activation, h.view());
+    CHECK(std::isnan(h.at(0, 0)));
+    CHECK(!std::isfinite(h.at(0, 1)));
+    CHECK(std::isnan(h.at(0, 2)));
   }
 }
 
-TEST_CASE("squareSum adds the squares of each column") {
+DEVICE_TEST_CASE("squareSum adds the squares of each column, the same bits each time") {
   for (DType type : types) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     for (int64_t width : widths) {
       for (int64_t rows : {1, 16, 65, 1000}) {
         const uint64_t seed = freshSeed();
         INFO(describe(seed, type, width), ", rows ", rows);
         std::mt19937_64 random(seed);
-        TestMatrix x(type, rows, width, 5);
+        TestMatrix x(*device, type, rows, width, 5);
         x.randomize(random, 1e-4);
-        std::vector<double> sums(static_cast<size_t>(width + 1), 0.25);
-        device->squareSum(x.view, sums.data());
+        const DeviceVector<double> sums(*device, static_cast<size_t>(width + 1), 0.25),
+            again(*device, static_cast<size_t>(width + 1), 0.25);
+        device->squareSum(x.view(), sums.data());
+        device->squareSum(x.view(), again.data());
+        CHECK(again.host() == sums.host());
         for (int64_t j = 0; j < width; ++j) {
           double expected = 0;
           for (int64_t i = 0; i < rows; ++i) expected += x.exactAt(i, j) * x.exactAt(i, j);
@@ -294,25 +299,25 @@ TEST_CASE("squareSum adds the squares of each column") {
   }
 }
 
-TEST_CASE("embed looks rows up and scales them") {
+DEVICE_TEST_CASE("embed looks rows up and scales them") {
   for (DType type : types) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     const uint64_t seed = freshSeed();
     INFO(describe(seed, type, 37));
     std::mt19937_64 random(seed);
-    TestMatrix table(type, 11, 37);
+    TestMatrix table(*device, type, 11, 37);
     table.randomize(random);
     HostTensor tensor;
     tensor.name = "embed";
-    tensor.data = table.view.data;
+    tensor.data = table.bits().data();
     tensor.dtype = type;
     tensor.rows = 11;
     tensor.cols = 37;
     const auto weight = device->prepare({tensor}, {false, false, true});
-    const std::vector<int32_t> ids = {10, 0, 3, 3};
+    const DeviceVector<int32_t> ids(*device, {10, 0, 3, 3});
     for (float scale : {1.0f, 24.5f}) {
-      TestMatrix x(DType::f32, 4, 37, 3);
-      device->embed(ids.data(), *weight, scale, x.view);
+      TestMatrix x(*device, DType::f32, 4, 37, 3);
+      device->embed(ids.data(), *weight, scale, x.view());
       CHECK(relativeError(x, [&](int64_t i, int64_t j) {
               return static_cast<double>(scale) * table.exactAt(ids[static_cast<size_t>(i)], j);
             }) < 1e-7);
@@ -320,74 +325,108 @@ TEST_CASE("embed looks rows up and scales them") {
   }
 }
 
-TEST_CASE("rows are gathered and scattered by index") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("rows are gathered and scattered by index, a negative one gives zeros and goes nowhere") {
+  const auto device = tested.make(DType::bf16);
   const uint64_t seed = freshSeed();
   INFO(describe(seed, DType::f32, 37));
   std::mt19937_64 random(seed);
-  TestMatrix x(DType::f32, 9, 37, 1), y(DType::f32, 4, 37, 2), back(DType::f32, 9, 37, 3);
+  TestMatrix x(*device, DType::f32, 9, 37, 1), y(*device, DType::f32, 6, 37, 2), back(*device, DType::f32, 9, 37, 3);
   x.randomize(random);
+  y.randomize(random);
   back.randomize(random);
-  const std::vector<int32_t> index = {8, 0, 5, 2};
-  device->gatherRows(x.view, index.data(), y.view);
-  CHECK(relativeError(y, [&](int64_t i, int64_t j) { return x.exactAt(index[static_cast<size_t>(i)], j); }) == 0);
-  TestMatrix narrow(DType::bf16, x.view.rows, x.view.cols, 3), gathered(DType::bf16, y.view.rows, y.view.cols);
+  const DeviceVector<int32_t> index(*device, {8, -1, 0, 5, -1, 2});
+  const auto gatheredFrom = [&](const TestMatrix& from, int64_t i, int64_t j) {
+    const int32_t row = index[static_cast<size_t>(i)];
+    return row < 0 ? 0 : from.exactAt(row, j);
+  };
+  device->gatherRows(x.view(), index.data(), y.view());
+  CHECK(relativeError(y, [&](int64_t i, int64_t j) { return gatheredFrom(x, i, j); }) == 0);
+  CHECK(marginUntouched(y));
+  TestMatrix narrow(*device, DType::bf16, x.rows(), x.cols(), 3), gathered(*device, DType::bf16, y.rows(), y.cols());
   narrow.randomize(random);
-  device->gatherRows(narrow.view, index.data(), gathered.view);
-  CHECK(relativeError(gathered, [&](int64_t i, int64_t j) { return narrow.exactAt(index[static_cast<size_t>(i)], j); }) == 0);
-  device->scatterAddRows(y.view, index.data(), back.view);
+  gathered.randomize(random);
+  device->gatherRows(narrow.view(), index.data(), gathered.view());
+  CHECK(relativeError(gathered, [&](int64_t i, int64_t j) { return gatheredFrom(narrow, i, j); }) == 0);
+
+  // What the rows that go nowhere hold is not read for the others.
+  for (int64_t j = 0; j < y.cols(); ++j) y.set(y.stride() + j, std::nan(""));
+  device->scatterAddRows(y.view(), index.data(), back.view());
   CHECK(relativeError(back, [&](int64_t i, int64_t j) {
-          const bool hit = std::find(index.begin(), index.end(), static_cast<int32_t>(i)) != index.end();
+          const bool hit = std::count(index.host().begin(), index.host().end(), static_cast<int32_t>(i)) > 0;
           return back.exactAt(i, j) + (hit ? x.exactAt(i, j) : 0);
         }) < 1e-7);
+  CHECK(marginUntouched(back));
 }
 
-TEST_CASE("conversion to bfloat16 rounds to nearest even and keeps NaN and infinity") {
-  const auto device = cpuDevice(DType::bf16);
+DEVICE_TEST_CASE("keepColumns clears what lies outside of the columns, and nothing behind the rows") {
+  const auto device = tested.make(DType::f32);
+  struct Columns {
+    int64_t cols, first, count;
+  };
+  for (const auto [cols, first, count] :
+       {Columns{37, 5, 11}, Columns{64, 0, 32}, Columns{64, 48, 16}, Columns{130, 129, 1}, Columns{7, 0, 7}, Columns{9, 4, 0}}) {
+    const uint64_t seed = freshSeed();
+    INFO(describe(seed, DType::f32, cols), ", columns ", first, " + ", count);
+    std::mt19937_64 random(seed);
+    TestMatrix x(*device, DType::f32, 6, cols, 3);
+    x.randomize(random);
+    device->keepColumns(x.view(), first, count);
+    CHECK(relativeError(x, [&, first = first, count = count](int64_t i, int64_t j) {
+            return j >= first && j < first + count ? x.exactAt(i, j) : 0;
+          }) == 0);
+    CHECK(marginUntouched(x));
+  }
+}
+
+DEVICE_TEST_CASE("conversion to bfloat16 rounds to nearest even and keeps NaN and infinity") {
+  const auto device = tested.make(DType::bf16);
   std::mt19937_64 random(freshSeed());
   const int64_t count = 3001;
-  TestMatrix x(DType::f32, 1, count), y(DType::bf16, 1, count), z(DType::f32, 1, count);
+  TestMatrix x(*device, DType::f32, 1, count), y(*device, DType::bf16, 1, count), z(*device, DType::f32, 1, count);
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = static_cast<uint32_t>(random());  // any float32 at all
-    std::memcpy(&x.f32[static_cast<size_t>(i)], &bits, sizeof bits);
+    std::memcpy(x.edit<float>() + i, &bits, sizeof bits);
   }
   const uint32_t hard[] = {0x7fffffffu, 0xffffffffu, 0x7f800000u, 0xff800000u, 0x7f7fffffu,
                            0x3f808000u, 0x3f818000u, 0x00000001u, 0x80000000u};
-  std::memcpy(x.f32.data() + 100, hard, sizeof hard);
-  device->convert(x.view, y.view);
-  device->convert(y.view, z.view);
+  std::memcpy(x.edit<float>() + 100, hard, sizeof hard);
+  device->convert(x.view(), y.view());
+  device->convert(y.view(), z.view());
   bool same = true, back = true;
-  for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float from = x.host<float>()[i], widened = z.host<float>()[i];
+    const uint16_t narrowed = y.host<uint16_t>()[i];
     // The processor's own conversion makes subnormal numbers 0.
-    const bool subnormal = std::fpclassify(x.f32[i]) == FP_SUBNORMAL && (y.bf16[i] & 0x7fffu) == 0;
-    same = same && (std::isnan(x.f32[i]) ? std::isnan(bf16ToFloat(y.bf16[i])) : subnormal || y.bf16[i] == floatToBf16(x.f32[i]));
-    back = back && (std::isnan(z.f32[i]) ? std::isnan(x.f32[i]) : z.f32[i] == bf16ToFloat(y.bf16[i]));
+    const bool subnormal = std::fpclassify(from) == FP_SUBNORMAL && (narrowed & 0x7fffu) == 0;
+    same = same && (std::isnan(from) ? std::isnan(bf16ToFloat(narrowed)) : subnormal || narrowed == floatToBf16(from));
+    back = back && (std::isnan(widened) ? std::isnan(from) : widened == bf16ToFloat(narrowed));
   }
   CHECK(same);
   CHECK(back);
 }
 
-TEST_CASE("conversion works on views") {
+DEVICE_TEST_CASE("conversion works on views") {
   for (DType type : types) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     const uint64_t seed = freshSeed();
     INFO(describe(seed, type, 21));
     std::mt19937_64 random(seed);
-    TestMatrix x(DType::f32, 6, 30), y(type, 6, 40);
+    TestMatrix x(*device, DType::f32, 6, 30), y(*device, type, 6, 40);
     x.randomize(random);
     y.randomize(random);
-    device->convert(x.view.columns(4, 21), y.view.columns(9, 21));
+    device->convert(x.view().columns(4, 21), y.view().columns(9, 21));
     CHECK(relativeError(y, [&](int64_t i, int64_t j) {
             const bool inside = j >= 9 && j < 30;
-            return inside ? (type == DType::bf16 ? bf16ToFloat(floatToBf16(x.f32[static_cast<size_t>(i * 30 + j - 5)]))
-                                                 : x.exactAt(i, j - 5))
-                          : y.exactAt(i, j);
+            if (!inside) return y.exactAt(i, j);
+            const double from = x.exactAt(i, j - 5);
+            return type == DType::bf16 ? static_cast<double>(bf16ToFloat(floatToBf16(static_cast<float>(from)))) : from;
           }) == 0);
   }
 }
 
-TEST_CASE("the cross-entropy kernel gives each row's loss and gradient") {
+TEST_CASE("the cross-entropy kernel gives each row's loss and gradient" * cpuOnly("calls a kernel of the CPU device itself")) {
   for (DType type : types) {
+    const auto device = cpuDevice(type);
     const auto& typed = type == DType::bf16 ? cpu::kernels().bf16 : cpu::kernels().f32;
     for (int64_t vocabulary : {2, 17, 2048, 2049, 5003, 49152}) {
       for (double scale : {1.0, 40.0}) {
@@ -400,8 +439,8 @@ TEST_CASE("the cross-entropy kernel gives each row's loss and gradient") {
         double sum = 0;
         for (float v : logits) sum += std::exp(static_cast<double>(v) - largest);
         const double loss = std::log(sum) + largest - static_cast<double>(logits[static_cast<size_t>(target)]);
-        TestMatrix gradient(type, 1, vocabulary);
-        const float actual = typed.crossEntropy(logits.data(), target, 0.5f, gradient.view.data, vocabulary);
+        TestMatrix gradient(*device, type, 1, vocabulary);
+        const float actual = typed.crossEntropy(logits.data(), target, 0.5f, gradient.view().data, vocabulary);
         CHECK(static_cast<double>(actual) == doctest::Approx(loss).epsilon(1e-6));
         CHECK(typed.crossEntropy(logits.data(), target, 0.5f, nullptr, vocabulary) == actual);
         const auto expected = [&](int64_t j) {
@@ -417,19 +456,19 @@ TEST_CASE("the cross-entropy kernel gives each row's loss and gradient") {
   }
 }
 
-TEST_CASE("a NaN logit makes the loss NaN") {
+TEST_CASE("a NaN logit makes the loss NaN" * cpuOnly("calls a kernel of the CPU device itself")) {
   std::vector<float> logits(100, 0.0f);
   logits[57] = std::nanf("");
   CHECK(std::isnan(cpu::kernels().f32.crossEntropy(logits.data(), 3, 1.0f, nullptr, 100)));
 }
 
-TEST_CASE("LORA_DA_ISA chooses the kernels") {
+TEST_CASE("LORA_DA_ISA chooses the kernels" * cpuOnly("names the CPU device's instruction sets")) {
   const char* wanted = std::getenv("LORA_DA_ISA");
   if (wanted) CHECK(std::string(cpu::kernels().isa) == wanted);
 }
 
-TEST_CASE("memory is aligned and a hopeless request is refused by purpose and size") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("memory is aligned and a hopeless request is refused by purpose") {
+  const auto device = tested.make(DType::f32);
   for (size_t bytes : {size_t{0}, size_t{1}, size_t{100}, size_t{5} << 20}) {
     const Buffer buffer = device->allocate(bytes, "test");
     CHECK(reinterpret_cast<uintptr_t>(buffer.get()) % 64 == 0);
@@ -442,6 +481,18 @@ TEST_CASE("memory is aligned and a hopeless request is refused by purpose and si
     message = error.what();
   }
   CHECK(message.find("activations") != std::string::npos);
-  CHECK(message.find(std::to_string(~size_t{0} / 2)) != std::string::npos);
+  if (tested.onCpu()) CHECK(message.find(std::to_string(~size_t{0} / 2)) != std::string::npos);
 #endif
+}
+
+DEVICE_TEST_CASE("memory that is held counts, and what is left is known") {
+  const auto device = tested.make(DType::f32);
+  const DeviceMemory before = device->memory();
+  CHECK(before.free > 0);
+  constexpr size_t bytes = size_t{64} << 20;
+  const Buffer buffer = device->allocate(bytes, "test");
+  device->zero(buffer.get(), bytes);
+  device->synchronize();
+  // A process frees a little of its own meanwhile, and a device gives memory in large pieces.
+  CHECK(device->memory().held > before.held + bytes / 10 * 9);
 }

@@ -55,14 +55,15 @@ struct Result {
 };
 
 struct Engine {
-  std::unique_ptr<Device> device = cpuDevice(DType::f32);
+  std::unique_ptr<Device> device;
   InitializationWorkspace workspace{*device};
   InputMoment moment;
-  std::vector<double> z;
+  std::unique_ptr<DeviceVector<double>> z;
 
+  explicit Engine(const TestDevice& tested) : device(tested.make(DType::f32)) {}
   void reset(const Statistics& s, size_t modules, const std::string& module) {
-    z = s.moment;
-    moment.reset(z.data(), s.in, modules, module);
+    z = std::make_unique<DeviceVector<double>>(*device, s.moment);
+    moment.reset(z->data(), s.in, modules, module);
   }
   Result run(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options,
              const std::string& module = "layer.q") {
@@ -71,7 +72,11 @@ struct Engine {
   }
   Result runShared(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options,
                    const std::string& module) {
-    InitializationInput input{module, s.out, s.in, rank, s.gradient.data(), &moment, s.outputFactor.data(), options};
+    const size_t bytes = s.gradient.size() * sizeof(float);
+    const Buffer gradient = device->allocate(bytes, "gradient");
+    device->upload(gradient.get(), s.gradient.data(), bytes);
+    InitializationInput input{
+        module, s.out, s.in, rank, static_cast<const float*>(gradient.get()), &moment, s.outputFactor.data(), options};
     Result result;
     findInitializer(name).initialize(input, workspace, result.factors, result.report);
     return result;
@@ -147,8 +152,8 @@ bool contains(const std::string& text, const std::string& part) {
 
 }  // namespace
 
-TEST_CASE("LoRA-DA agrees with extended precision") {
-  Engine engine;
+DEVICE_TEST_CASE("LoRA-DA agrees with extended precision") {
+  Engine engine(tested);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -164,8 +169,8 @@ TEST_CASE("LoRA-DA agrees with extended precision") {
   }
 }
 
-TEST_CASE("LoRA-DA agrees with extended precision where channels span eight orders and damping decides yinv") {
-  Engine engine;
+DEVICE_TEST_CASE("LoRA-DA agrees with extended precision where channels span eight orders and damping decides yinv") {
+  Engine engine(tested);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -178,8 +183,8 @@ TEST_CASE("LoRA-DA agrees with extended precision where channels span eight orde
   }
 }
 
-TEST_CASE("each row's entry of largest magnitude is positive") {
-  Engine engine;
+DEVICE_TEST_CASE("each row's entry of largest magnitude is positive") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const Statistics s = randomStatistics(17, 23, 92, random);
   const Result result = engine.run("lora-da", s, 6, someOptions());
@@ -189,8 +194,8 @@ TEST_CASE("each row's entry of largest magnitude is positive") {
   }
 }
 
-TEST_CASE("A has orthonormal rows once sqrt(gamma) is taken back") {
-  Engine engine;
+DEVICE_TEST_CASE("A has orthonormal rows once sqrt(gamma) is taken back") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const Statistics s = randomStatistics(17, 23, 92, random);
   const InitializationOptions options = someOptions();
@@ -198,8 +203,8 @@ TEST_CASE("A has orthonormal rows once sqrt(gamma) is taken back") {
   CHECK(difference(sum(options.gamma, product(a, transpose(a)), 0, identity(6)), identity(6)) < 1e-6);
 }
 
-TEST_CASE("modules of a group share one input moment, and what they get does not depend on it") {
-  Engine engine;
+DEVICE_TEST_CASE("modules of a group share one input moment, and what they get does not depend on it") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const Statistics q = randomStatistics(17, 23, 92, random);
   Statistics k = randomStatistics(9, 23, 92, random);
@@ -207,14 +212,14 @@ TEST_CASE("modules of a group share one input moment, and what they get does not
   engine.reset(q, 2, "layer.q");
   engine.runShared("lora-da", q, 4, someOptions(), "layer.q");
   const Result shared = engine.runShared("lora-da", k, 4, someOptions(), "layer.k");
-  Engine fresh;
+  Engine fresh(tested);
   const Result alone = fresh.run("lora-da", k, 4, someOptions(), "layer.k");
   CHECK(shared.factors.a == alone.factors.a);
   CHECK(shared.factors.b == alone.factors.b);
 }
 
-TEST_CASE("only the lower triangle of Z is read") {
-  Engine engine;
+DEVICE_TEST_CASE("only the lower triangle of Z is read") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   Statistics s = randomStatistics(17, 75, 300, random);
   const Result full = engine.run("lora-da", s, 4, someOptions());
@@ -224,17 +229,18 @@ TEST_CASE("only the lower triangle of Z is read") {
   CHECK(engine.run("lora-da", s, 4, someOptions()).factors.a == full.factors.a);
 }
 
-TEST_CASE("scaling channels by powers of two changes no bit of a Cholesky solution, so equilibration would gain nothing") {
-  Engine engine;
+DEVICE_TEST_CASE("scaling channels by powers of two changes no bit of a Cholesky solution, so equilibration would gain nothing") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const int64_t n = 150, m = 37;
   const Dense x = randomMatrix(n, n + 9, random);
-  std::vector<double> a = product(x, transpose(x)).toDouble(), b = randomMatrix(n, m, random).toDouble(), scaledA = a,
-                      scaledB = b;
+  const std::vector<double> matrix = product(x, transpose(x)).toDouble(), right = randomMatrix(n, m, random).toDouble();
+  const DeviceVector<double> a(*engine.device, matrix), b(*engine.device, right);
+  DeviceVector<double> scaledA(*engine.device, matrix), scaledB(*engine.device, right);
   const auto scale = [](int64_t i) { return std::ldexp(1.0, static_cast<int>(i * 11 % 41) - 20); };
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) scaledA[i * n + j] *= scale(i) * scale(j);
-    for (int64_t j = 0; j < m; ++j) scaledB[i * m + j] *= scale(i);
+    for (int64_t j = 0; j < n; ++j) scaledA.edit()[i * n + j] *= scale(i) * scale(j);
+    for (int64_t j = 0; j < m; ++j) scaledB.edit()[i * m + j] *= scale(i);
   }
   REQUIRE(engine.device->choleskyFactor(a.data(), n) == 0);
   REQUIRE(engine.device->choleskyFactor(scaledA.data(), n) == 0);
@@ -243,15 +249,15 @@ TEST_CASE("scaling channels by powers of two changes no bit of a Cholesky soluti
   engine.device->choleskyInverse(a.data(), n);
   engine.device->choleskyInverse(scaledA.data(), n);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < m; ++j) scaledB[i * m + j] *= scale(i);
-    for (int64_t j = 0; j < n; ++j) scaledA[i * n + j] *= scale(i) * scale(j);
+    for (int64_t j = 0; j < m; ++j) scaledB.edit()[i * m + j] *= scale(i);
+    for (int64_t j = 0; j < n; ++j) scaledA.edit()[i * n + j] *= scale(i) * scale(j);
   }
-  CHECK(scaledB == b);
-  CHECK(scaledA == a);
+  CHECK(scaledB.host() == b.host());
+  CHECK(scaledA.host() == a.host());
 }
 
-TEST_CASE("gradients and output factors near the end of float32's range lose nothing") {
-  Engine engine;
+DEVICE_TEST_CASE("gradients and output factors near the end of float32's range lose nothing") {
+  Engine engine(tested);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -263,8 +269,8 @@ TEST_CASE("gradients and output factors near the end of float32's range lose not
   checkAgainstExpected(engine.run("lora-da", s, 4, options), s, 4, options, 1e-5);
 }
 
-TEST_CASE("a singular Z without damping is refused by module, and says what to set") {
-  Engine engine;
+DEVICE_TEST_CASE("a singular Z without damping is refused by module, and says what to set") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   Statistics s = randomStatistics(5, 12, 40, random);
   for (int64_t j = 0; j < 12; ++j) s.moment[7 * 12 + j] = s.moment[j * 12 + 7] = 0;
@@ -276,8 +282,8 @@ TEST_CASE("a singular Z without damping is refused by module, and says what to s
   CHECK(contains(message, "larger damping"));
 }
 
-TEST_CASE("statistics that are not finite are refused by module and name") {
-  Engine engine;
+DEVICE_TEST_CASE("statistics that are not finite are refused by module and name") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const Statistics good = randomStatistics(5, 12, 40, random);
   Statistics badGradient = good, badMoment = good, badOutput = good;
@@ -293,8 +299,8 @@ TEST_CASE("statistics that are not finite are refused by module and name") {
   }
 }
 
-TEST_CASE("a rank above the input width is refused") {
-  Engine engine;
+DEVICE_TEST_CASE("a rank above the input width is refused") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const Statistics s = randomStatistics(5, 12, 40, random);
   const auto [code, message] = errorOf([&] { engine.run("lora-da", s, 13, someOptions(), "layer.up"); });
@@ -302,8 +308,8 @@ TEST_CASE("a rank above the input width is refused") {
   CHECK(contains(message, "rank of at most 12"));
 }
 
-TEST_CASE("an output without gradient needs an output damping") {
-  Engine engine;
+DEVICE_TEST_CASE("an output without gradient needs an output damping") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   Statistics s = randomStatistics(5, 12, 40, random);
   s.outputFactor[2] = 0;
@@ -312,8 +318,8 @@ TEST_CASE("an output without gradient needs an output damping") {
   CHECK(contains(errorOf([&] { engine.run("lora-da", s, 2, options, "layer.up"); }).second, "layer.up: output 2"));
 }
 
-TEST_CASE("the full rank has no gap") {
-  Engine engine;
+DEVICE_TEST_CASE("the full rank has no gap") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const Statistics s = randomStatistics(5, 12, 40, random);
   const Result result = engine.run("lora-da", s, 12, someOptions());
@@ -321,8 +327,8 @@ TEST_CASE("the full rank has no gap") {
   CHECK(result.report.eigenvalues.size() == 12);
 }
 
-TEST_CASE("without a gradient B is zero and A follows the variance term") {
-  Engine engine;
+DEVICE_TEST_CASE("without a gradient B is zero and A follows the variance term") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   Statistics s = randomStatistics(5, 12, 40, random);
   std::fill(s.gradient.begin(), s.gradient.end(), 0.0f);
@@ -337,8 +343,8 @@ TEST_CASE("without a gradient B is zero and A follows the variance term") {
   CHECK(result.report.sigma == 0);
 }
 
-TEST_CASE("without a gradient and without a variance term there is nothing to start from") {
-  Engine engine;
+DEVICE_TEST_CASE("without a gradient and without a variance term there is nothing to start from") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   Statistics s = randomStatistics(5, 12, 40, random);
   std::fill(s.gradient.begin(), s.gradient.end(), 0.0f);
@@ -349,31 +355,31 @@ TEST_CASE("without a gradient and without a variance term there is nothing to st
   CHECK(contains(message, "layer.up: the gradient is zero"));
 }
 
-TEST_CASE("the population must be given") {
-  Engine engine;
+DEVICE_TEST_CASE("the population must be given") {
+  Engine engine(tested);
   std::mt19937_64 random(freshSeed());
   const Statistics s = randomStatistics(5, 12, 40, random);
   CHECK(contains(errorOf([&] { engine.run("lora-da", s, 3, {}); }).second, "positive number for population"));
 }
 
-TEST_CASE("Lanczos finds the largest eigenvalue to the tolerance") {
-  Engine engine;
+DEVICE_TEST_CASE("Lanczos finds the largest eigenvalue to the tolerance") {
+  Engine engine(tested);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
   for (const int64_t n : {1, 2, 5, 61}) {
     const Dense x = randomMatrix(n, n, random), matrix = product(x, transpose(x));
     const double expected = static_cast<double>(eigenpairs(matrix).values.back());
-    const std::vector<double> a = matrix.toDouble();
+    const DeviceVector<double> a(*engine.device, matrix.toDouble());
     CHECK(std::abs(largestEigenvalue(engine.workspace, a.data(), n, 1e-12) - expected) < 2e-12 * expected);
   }
-  const std::vector<double> eye = identity(31).toDouble(), zero(31 * 31, 0.0);
+  const DeviceVector<double> eye(*engine.device, identity(31).toDouble()), zero(*engine.device, 31 * 31);
   CHECK(largestEigenvalue(engine.workspace, eye.data(), 31, 1e-12) == doctest::Approx(1).epsilon(1e-14));
   CHECK(largestEigenvalue(engine.workspace, zero.data(), 31, 1e-12) == 0);
 }
 
-TEST_CASE("plain initializations have PEFT's distributions and a zero update") {
-  Engine engine;
+DEVICE_TEST_CASE("plain initializations have PEFT's distributions and a zero update") {
+  Engine engine(tested);
   const Statistics shape{96, 400, {}, {}, {}};
   const int64_t rank = 16;
   const auto deviation = [](const std::vector<float>& values) {
@@ -395,8 +401,8 @@ TEST_CASE("plain initializations have PEFT's distributions and a zero update") {
   CHECK(norm(product(b, a)) < 1e-6 * norm(b) * norm(a));
 }
 
-TEST_CASE("random factors depend on the seed and the module's name, and on nothing else") {
-  Engine engine;
+DEVICE_TEST_CASE("random factors depend on the seed and the module's name, and on nothing else") {
+  Engine engine(tested);
   const Statistics shape{9, 33, {}, {}, {}};
   for (const char* name : {"kaiming", "gaussian", "orthogonal"}) {
     InitializationOptions options, other;
@@ -408,14 +414,14 @@ TEST_CASE("random factors depend on the seed and the module's name, and on nothi
   }
 }
 
-TEST_CASE("an odd rank has no orthogonal initialization") {
-  Engine engine;
+DEVICE_TEST_CASE("an odd rank has no orthogonal initialization") {
+  Engine engine(tested);
   const auto [code, message] = errorOf([&] { engine.run("orthogonal", Statistics{9, 33, {}, {}, {}}, 3, {}); });
   CHECK(code == code::invalidArgument);
   CHECK(contains(message, "even"));
 }
 
-TEST_CASE("normal numbers have the moments of a standard normal") {
+TEST_CASE("normal numbers have the moments of a standard normal" * cpuOnly("no device takes part")) {
   Random random(1, "moments");
   double sums[4] = {};
   const int count = 200000;
@@ -429,7 +435,7 @@ TEST_CASE("normal numbers have the moments of a standard normal") {
   CHECK(sums[3] == doctest::Approx(3).epsilon(0.04));
 }
 
-TEST_CASE("names in the table are unique, and an unknown one is answered with the list") {
+TEST_CASE("names in the table are unique, and an unknown one is answered with the list" * cpuOnly("no device takes part")) {
   std::set<std::string> names;
   for (const Initializer& row : initializers()) CHECK(names.insert(row.name).second);
   const auto [code, message] = errorOf([] { findInitializer("lora-xy"); });

@@ -13,22 +13,26 @@ using namespace lora_da::test;
 namespace {
 
 struct Tensor {
-  std::vector<float> value, grad, firstMoment, secondMoment;
-  std::vector<uint16_t> shadow;
+  DeviceVector<float> value, grad, firstMoment, secondMoment;
+  DeviceVector<uint16_t> shadow;
   std::vector<double> v, m, s;  // the same in float64: value and moments
 
-  Tensor(size_t count, std::mt19937_64& random)
-      : value(count), grad(count), firstMoment(count), secondMoment(count), shadow(count) {
+  Tensor(Device& device, size_t count, std::mt19937_64& random)
+      : value(device, count),
+        grad(device, count),
+        firstMoment(device, count),
+        secondMoment(device, count),
+        shadow(device, count) {
     std::normal_distribution<double> normal;
-    for (float& x : value) x = static_cast<float>(0.1 * normal(random));
-    v.assign(value.begin(), value.end());
+    for (float& x : value.edit()) x = static_cast<float>(0.1 * normal(random));
+    v.assign(value.host().begin(), value.host().end());
     m.assign(count, 0.0);
     s.assign(count, 0.0);
     newGrad(random);
   }
   void newGrad(std::mt19937_64& random) {
     std::normal_distribution<double> normal;
-    for (float& x : grad) x = static_cast<float>(std::pow(10.0, 2 * normal(random) - 3) * normal(random));
+    for (float& x : grad.edit()) x = static_cast<float>(std::pow(10.0, 2 * normal(random) - 3) * normal(random));
   }
   Parameter parameter() {
     Parameter p;
@@ -56,16 +60,19 @@ struct Tensor {
 
 struct Problem {
   std::vector<Tensor> tensors;
-  std::vector<Parameter> parameters;
 
-  explicit Problem(std::mt19937_64& random) {
-    for (size_t count : {1, 7, 130, 8192, 8193, 40001}) tensors.emplace_back(count, random);
-    for (Tensor& t : tensors) parameters.push_back(t.parameter());
+  Problem(Device& device, std::mt19937_64& random) {
+    for (size_t count : {1, 7, 130, 8192, 8193, 40001}) tensors.emplace_back(device, count, random);
+  }
+  std::vector<Parameter> parameters() {
+    std::vector<Parameter> result;
+    for (Tensor& t : tensors) result.push_back(t.parameter());
+    return result;
   }
   double norm() const {
     double sum = 0;
     for (const Tensor& t : tensors) {
-      for (float g : t.grad) sum += static_cast<double>(g) * static_cast<double>(g);
+      for (float g : t.grad.host()) sum += static_cast<double>(g) * static_cast<double>(g);
     }
     return std::sqrt(sum);
   }
@@ -73,45 +80,58 @@ struct Problem {
 
 }  // namespace
 
-TEST_CASE("gradNorm is the norm over all parameters, the same bits for any number of threads") {
+DEVICE_TEST_CASE("gradNorm is the norm over all parameters, the same bits each time") {
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
-  Problem p(random);
+  const auto device = tested.make(DType::f32);
+  Problem p(*device, random);
+  const DeviceVector<double> norm(*device, {-1}), again(*device, {-1});
+  device->gradNorm(p.parameters(), norm.data());
+  device->gradNorm(p.parameters(), again.data());
+  CHECK(norm[0] == doctest::Approx(p.norm()).epsilon(1e-12));
+  CHECK(again[0] == norm[0]);
+}
+
+TEST_CASE("gradNorm has the same bits for any number of threads" * cpuOnly("no other device has threads")) {
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
   std::vector<double> norms;
   for (int threads : {1, 2, 3}) {
-    double norm = -1;
-    cpuDevice(DType::f32, threads)->gradNorm(p.parameters, &norm);
-    norms.push_back(norm);
+    std::mt19937_64 random(seed);
+    const auto device = cpuDevice(DType::f32, threads);
+    Problem p(*device, random);
+    const DeviceVector<double> norm(*device, {-1});
+    device->gradNorm(p.parameters(), norm.data());
+    norms.push_back(norm[0]);
+    CHECK(norms.back() == norms.front());
   }
-  CHECK(norms[0] == doctest::Approx(p.norm()).epsilon(1e-12));
-  CHECK(norms[1] == norms[0]);
-  CHECK(norms[2] == norms[0]);
 }
 
-TEST_CASE("the norm of no gradient is zero") {
-  double norm = -1;
-  cpuDevice(DType::f32)->gradNorm({}, &norm);
-  CHECK(norm == 0);
+DEVICE_TEST_CASE("the norm of no gradient is zero") {
+  const auto device = tested.make(DType::f32);
+  const DeviceVector<double> norm(*device, {-1});
+  device->gradNorm({}, norm.data());
+  CHECK(norm[0] == 0);
 }
 
-TEST_CASE("adamw takes torch's steps, clips, and refreshes the shadows") {
+DEVICE_TEST_CASE("adamw takes torch's steps, clips, and refreshes the shadows") {
   for (float maxGradNorm : {0.0f, 1.0f, 1e9f}) {
     const uint64_t seed = freshSeed();
     INFO("seed ", seed, ", maxGradNorm ", maxGradNorm);
     std::mt19937_64 random(seed);
-    Problem p(random);
-    const auto device = cpuDevice(DType::bf16);
+    const auto device = tested.make(DType::bf16);
+    Problem p(*device, random);
     AdamWStep step;
     step.learningRate = 1e-2f;
     step.weightDecay = 0.1f;
     step.maxGradNorm = maxGradNorm;
-    const double loss = 1;
+    const DeviceVector<double> norm(*device, {0}), loss(*device, {1});
     for (step.step = 1; step.step <= 5; ++step.step) {
-      double norm = 0;
-      device->gradNorm(p.parameters, &norm);
-      const double gradScale = maxGradNorm > 0 ? std::min(1.0, static_cast<double>(maxGradNorm) / (norm + 1e-6)) : 1;
-      device->adamw(p.parameters, &step, &norm, &loss);
+      device->gradNorm(p.parameters(), norm.data());
+      const double gradScale = maxGradNorm > 0 ? std::min(1.0, static_cast<double>(maxGradNorm) / (norm[0] + 1e-6)) : 1;
+      const DeviceVector<AdamWStep> deviceStep(*device, {step});
+      device->adamw(p.parameters(), deviceStep.data(), norm.data(), loss.data());
       for (Tensor& t : p.tensors) {
         t.expectStep(step, gradScale);
         t.newGrad(random);
@@ -132,31 +152,36 @@ TEST_CASE("adamw takes torch's steps, clips, and refreshes the shadows") {
   }
 }
 
-TEST_CASE("adamw works without shadows") {
+DEVICE_TEST_CASE("adamw works without shadows") {
   std::mt19937_64 random(freshSeed());
-  Tensor t(33, random);
+  const auto device = tested.make(DType::f32);
+  Tensor t(*device, 33, random);
   Parameter parameter = t.parameter();
   parameter.shadow = nullptr;
   AdamWStep step;
   step.learningRate = 1e-3f;
-  const double norm = 1, loss = 1;
-  cpuDevice(DType::f32)->adamw({parameter}, &step, &norm, &loss);
+  const DeviceVector<AdamWStep> deviceStep(*device, {step});
+  const DeviceVector<double> norm(*device, {1}), loss(*device, {1});
+  device->adamw({parameter}, deviceStep.data(), norm.data(), loss.data());
   t.expectStep(step, 1);
   for (size_t i = 0; i < 33; ++i) CHECK(t.value[i] == doctest::Approx(t.v[i]).epsilon(1e-6));
 }
 
-TEST_CASE("adamw changes nothing after a norm or loss that is not finite") {
+DEVICE_TEST_CASE("adamw changes nothing after a norm or loss that is not finite") {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
   const struct { double norm, loss; } bad[] = {{nan, 1}, {infinity, 1}, {1, nan}, {1, -infinity}};
   for (const auto& numbers : bad) {
     std::mt19937_64 random(freshSeed());
-    Tensor t(100, random);
-    const std::vector<float> before = t.value;
+    const auto device = tested.make(DType::bf16);
+    Tensor t(*device, 100, random);
+    const std::vector<float> before = t.value.host();
     AdamWStep step;
     step.learningRate = 1;
-    cpuDevice(DType::f32)->adamw({t.parameter()}, &step, &numbers.norm, &numbers.loss);
-    CHECK(t.value == before);
-    CHECK(t.firstMoment == std::vector<float>(100, 0.0f));
-    CHECK(t.shadow == std::vector<uint16_t>(100, 0));
+    const DeviceVector<AdamWStep> deviceStep(*device, {step});
+    const DeviceVector<double> norm(*device, {numbers.norm}), loss(*device, {numbers.loss});
+    device->adamw({t.parameter()}, deviceStep.data(), norm.data(), loss.data());
+    CHECK(t.value.host() == before);
+    CHECK(t.firstMoment.host() == std::vector<float>(100, 0.0f));
+    CHECK(t.shadow.host() == std::vector<uint16_t>(100, 0));
   }
 }

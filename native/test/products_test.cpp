@@ -1,6 +1,8 @@
 // Products of the device against plain float64 sums, on odd sizes and fresh numbers.
 #include <doctest/doctest.h>
 
+#include <tuple>
+
 #include "test_device.h"
 
 using namespace lora_da;
@@ -9,7 +11,14 @@ using namespace lora_da::test;
 namespace {
 
 HostTensor hostTensor(const TestMatrix& matrix, const char* name) {
-  return {name, matrix.view.data, matrix.view.dtype, matrix.view.rows, matrix.view.cols, nullptr, nullptr};
+  return {name, matrix.bits().data(), matrix.type(), matrix.rows(), matrix.cols(), nullptr, nullptr};
+}
+
+// With as much room behind the rows as the margin is wide.
+Matrix withRoom(const TestMatrix& matrix) {
+  Matrix view = matrix.view();
+  view.room = view.stride - view.cols;
+  return view;
 }
 
 double dot(const TestMatrix& a, int64_t aRow, bool aTransposed, const TestMatrix& b, int64_t bCol, bool bTransposed,
@@ -23,7 +32,8 @@ double dot(const TestMatrix& a, int64_t aRow, bool aTransposed, const TestMatrix
 
 }  // namespace
 
-TEST_CASE("linear and linearInputGrad: stacked weights, bias, LoRA term, residual, from one row to depths beyond a block") {
+DEVICE_TEST_CASE(
+    "linear and linearInputGrad: stacked weights, bias, LoRA term, residual, from one row to depths beyond a block") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   std::mt19937_64 random(seed);
@@ -35,20 +45,24 @@ TEST_CASE("linear and linearInputGrad: stacked weights, bias, LoRA term, residua
     for (const DType type : {DType::f32, DType::bf16}) {
       for (const DType fileType : {type, DType::bf16}) {
         for (const size_t packBudget : {size_t{0}, size_t{1} << 30}) {
+          if (packBudget == 0 && !tested.onCpu()) continue;
           const auto [rows, in, firstOut, secondOut, k] = shape;
           CAPTURE(nameOf(type));
           CAPTURE(rows);
           CAPTURE(in);
-          const auto device = cpuDevice(type, 2, packBudget);
-          const int64_t out = firstOut + secondOut;
-          TestMatrix first(fileType, firstOut, in), second(fileType, secondOut, in), x(type, rows, in), down(type, rows, k),
-              up(type, k, out), downGrad(type, rows, k), a(type, k, in), residual(DType::f32, rows, out);
-          TestMatrix y(type, rows, out), wide(DType::f32, rows, out), dy(type, rows, out), dx(DType::f32, rows, in);
+          const auto device = tested.make(type, 2, packBudget);
+          const int64_t out = firstOut + secondOut, room = device->lowRankRoom();
+          TestMatrix first(*device, fileType, firstOut, in), second(*device, fileType, secondOut, in),
+              x(*device, type, rows, in, room), down(*device, type, rows, k), up(*device, type, k, out),
+              downGrad(*device, type, rows, k), a(*device, type, k, in), residual(*device, DType::f32, rows, out);
+          TestMatrix y(*device, type, rows, out), wide(*device, DType::f32, rows, out), dy(*device, type, rows, out, room),
+              dx(*device, DType::f32, rows, in);
           for (TestMatrix* matrix : {&first, &second, &x, &down, &up, &downGrad, &a, &residual, &dy})
             matrix->randomize(random, 0.3);
-          std::vector<float> bias(static_cast<size_t>(out));
-          for (float& value : bias) value = static_cast<float>(random() % 1000) / 500.0f - 1.0f;
-          const auto weight = device->prepare({hostTensor(first, "first"), hostTensor(second, "second")}, {true, true, false});
+          DeviceVector<float> bias(*device, static_cast<size_t>(out));
+          for (float& value : bias.edit()) value = static_cast<float>(random() % 1000) / 500.0f - 1.0f;
+          const auto weight =
+              device->prepare({hostTensor(first, "first"), hostTensor(second, "second")}, {true, true, false, true});
           const auto w = [&](int64_t o, int64_t i) {
             return o < firstOut ? first.exactAt(o, i) : second.exactAt(o - firstOut, i);
           };
@@ -65,12 +79,18 @@ TEST_CASE("linear and linearInputGrad: stacked weights, bias, LoRA term, residua
           const auto at = [out = out](const std::vector<double>& values, int64_t t, int64_t o) {
             return values[static_cast<size_t>(t * out + o)];
           };
-          device->linear(x.view, *weight, bias.data(), &down.view, &up.view, nullptr, y.view);
-          CHECK(relativeError(y, [&](int64_t t, int64_t o) { return at(adapted, t, o); }) < tolerance(type));
-          device->linear(x.view, *weight, nullptr, nullptr, nullptr, nullptr, wide.view);
-          CHECK(relativeError(wide, [&](int64_t t, int64_t o) { return at(plain, t, o); }) < 3e-6);
-          device->linear(x.view, *weight, bias.data(), &down.view, &up.view, &residual.view, wide.view);
-          CHECK(relativeError(wide, [&](int64_t t, int64_t o) { return at(adapted, t, o) + residual.exactAt(t, o); }) < 3e-6);
+          const Matrix downView = down.view(), upView = up.view(), residualView = residual.view();
+          const auto isPlain = [&](int64_t t, int64_t o) { return at(plain, t, o); };
+          const auto isAdapted = [&](int64_t t, int64_t o) { return at(adapted, t, o); };
+          const auto isWhole = [&](int64_t t, int64_t o) { return at(adapted, t, o) + residual.exactAt(t, o); };
+          device->linear(x.view(), *weight, nullptr, nullptr, nullptr, nullptr, wide.view());
+          CHECK(relativeError(wide, isPlain) < 3e-6);
+          for (const Matrix& input : {x.view(), withRoom(x)}) {
+            device->linear(input, *weight, bias.data(), &downView, &upView, nullptr, y.view());
+            CHECK(relativeError(y, isAdapted) < tolerance(type));
+            device->linear(input, *weight, bias.data(), &downView, &upView, &residualView, wide.view());
+            CHECK(relativeError(wide, isWhole) < 3e-6);
+          }
 
           std::vector<double> plainGrad;
           for (int64_t t = 0; t < rows; ++t) {
@@ -81,49 +101,81 @@ TEST_CASE("linear and linearInputGrad: stacked weights, bias, LoRA term, residua
             }
           }
           const auto inputGrad = [&, in = in](int64_t t, int64_t i) { return plainGrad[static_cast<size_t>(t * in + i)]; };
-          device->linearInputGrad(dy.view, *weight, nullptr, nullptr, dx.view);
+          device->linearInputGrad(dy.view(), *weight, nullptr, nullptr, dx.view());
           CHECK(relativeError(dx, inputGrad) < 3e-6);
-          device->linearInputGrad(dy.view, *weight, &downGrad.view, &a.view, dx.view);
-          CHECK(relativeError(dx, [&, k = k](int64_t t, int64_t i) {
-                  return inputGrad(t, i) + dot(downGrad, t, false, a, i, false, k);
-                }) < 3e-6);
+          const Matrix downGradView = downGrad.view(), aView = a.view();
+          for (const Matrix& gradient : {dy.view(), withRoom(dy)}) {
+            device->linearInputGrad(gradient, *weight, &downGradView, &aView, dx.view());
+            CHECK(relativeError(dx, [&, k = k](int64_t t, int64_t i) {
+                    return inputGrad(t, i) + dot(downGrad, t, false, a, i, false, k);
+                  }) < 3e-6);
+          }
         }
       }
     }
   }
 }
 
-TEST_CASE("products with weights have the same bits for any number of threads") {
+TEST_CASE("products with weights have the same bits for any number of threads" * cpuOnly("no other device has threads")) {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
-  std::mt19937_64 random(seed);
   for (const DType type : {DType::f32, DType::bf16}) {
-    TestMatrix w(type, 150, 200), x(type, 203, 200), first(DType::f32, 203, 150), second(DType::f32, 203, 150);
-    w.randomize(random);
-    x.randomize(random);
-    for (const auto& [threads, y] : {std::pair<int, TestMatrix*>{1, &first}, {3, &second}}) {
+    std::vector<std::vector<unsigned char>> results;
+    for (const int threads : {1, 3}) {
+      std::mt19937_64 random(seed);
       const auto device = cpuDevice(type, threads);
+      TestMatrix w(*device, type, 150, 200), x(*device, type, 203, 200), y(*device, DType::f32, 203, 150);
+      w.randomize(random);
+      x.randomize(random);
       const auto weight = device->prepare({hostTensor(w, "w")}, {true, false, false});
-      device->linear(x.view, *weight, nullptr, nullptr, nullptr, nullptr, y->view);
+      device->linear(x.view(), *weight, nullptr, nullptr, nullptr, nullptr, y.view());
+      results.push_back(y.bits());
     }
-    CHECK(first.f32 == second.f32);
+    CHECK(results[0] == results[1]);
   }
 }
 
-TEST_CASE("a weight of another file type is converted") {
+DEVICE_TEST_CASE("the same products give the same bits") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   std::mt19937_64 random(seed);
-  TestMatrix stored(DType::bf16, 24, 40), x(DType::f32, 64, 40), y(DType::f32, 64, 24);
+  const int64_t rows = 150, in = 96, out = 131, k = 6;
+  for (const DType type : {DType::f32, DType::bf16}) {
+    const auto device = tested.make(type);
+    TestMatrix w(*device, type, out, in), x(*device, type, rows, in), down(*device, type, rows, k), up(*device, type, k, out),
+        a(*device, type, k, in);
+    TestMatrix y(*device, type, rows, out), dx(*device, DType::f32, rows, in), aGrad(*device, DType::f32, k, in);
+    for (TestMatrix* matrix : {&w, &x, &down, &up, &a}) matrix->randomize(random);
+    const auto weight = device->prepare({hostTensor(w, "w")}, {true, true, false, true});
+    const auto run = [&] {
+      const Matrix downView = down.view(), upView = up.view(), aView = a.view();
+      const DeviceVector<double> z(*device, static_cast<size_t>(in * in));
+      device->linear(x.view(), *weight, nullptr, &downView, &upView, nullptr, y.view());
+      device->linearInputGrad(y.view(), *weight, &downView, &aView, dx.view());
+      device->matmul(Transpose::yes, down.view(), Transpose::no, x.view(), 1.0f, false, aGrad.view());
+      device->secondMoment(x.view(), {z.data(), DType::f64, in, in, in});
+      device->mirrorLower(z.data(), in);
+      return std::make_tuple(y.bits(), dx.bits(), aGrad.bits(), z.host());
+    };
+    const auto first = run();
+    CHECK((run() == first));
+  }
+}
+
+DEVICE_TEST_CASE("a weight of another file type is converted") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  std::mt19937_64 random(seed);
+  const auto device = tested.make(DType::f32);
+  TestMatrix stored(*device, DType::bf16, 24, 40), x(*device, DType::f32, 64, 40), y(*device, DType::f32, 64, 24);
   stored.randomize(random);
   x.randomize(random);
-  const auto device = cpuDevice(DType::f32);
   const auto weight = device->prepare({hostTensor(stored, "stored")}, {true, true, false});
-  device->linear(x.view, *weight, nullptr, nullptr, nullptr, nullptr, y.view);
+  device->linear(x.view(), *weight, nullptr, nullptr, nullptr, nullptr, y.view());
   CHECK(relativeError(y, [&](int64_t t, int64_t o) { return dot(x, t, false, stored, o, true, 40); }) < 3e-6);
 }
 
-TEST_CASE("matmul in every transposition, scaled and accumulated") {
+DEVICE_TEST_CASE("matmul in every transposition, scaled and accumulated") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   std::mt19937_64 random(seed);
@@ -132,7 +184,7 @@ TEST_CASE("matmul in every transposition, scaled and accumulated") {
   };
   for (const auto [m, n, k] : {Shape{19, 37, 70}, Shape{24, 150, 301}, Shape{5, 16, 129}})
     for (const DType type : {DType::f32, DType::bf16}) {
-      const auto device = cpuDevice(type);
+      const auto device = tested.make(type);
       for (const bool ta : {false, true}) {
         for (const bool tb : {false, true}) {
           for (const bool accumulate : {false, true}) {
@@ -141,12 +193,13 @@ TEST_CASE("matmul in every transposition, scaled and accumulated") {
             CAPTURE(tb);
             CAPTURE(accumulate);
             const float scale = accumulate && n == 16 ? 1.0f : 0.75f;
-            TestMatrix a(type, ta ? k : m, ta ? m : k), b(type, tb ? n : k, tb ? k : n), c(DType::f32, m, n);
+            TestMatrix a(*device, type, ta ? k : m, ta ? m : k), b(*device, type, tb ? n : k, tb ? k : n),
+                c(*device, DType::f32, m, n);
             a.randomize(random);
             b.randomize(random);
             c.randomize(random);
-            device->matmul(ta ? Transpose::yes : Transpose::no, a.view, tb ? Transpose::yes : Transpose::no, b.view, scale,
-                           accumulate, c.view);
+            device->matmul(ta ? Transpose::yes : Transpose::no, a.view(), tb ? Transpose::yes : Transpose::no, b.view(), scale,
+                           accumulate, c.view());
             CHECK(relativeError(c, [&](int64_t i, int64_t j) {
                     return static_cast<double>(scale) * dot(a, i, ta, b, j, tb, k) + (accumulate ? c.exactAt(i, j) : 0.0);
                   }) < 3e-6);
@@ -156,7 +209,7 @@ TEST_CASE("matmul in every transposition, scaled and accumulated") {
     }
 }
 
-TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum, exact to its last digits") {
+DEVICE_TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum, exact to its last digits") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   std::mt19937_64 random(seed);
@@ -164,13 +217,13 @@ TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum, exact
     int64_t rows, cols;
   };
   for (const DType type : {DType::f32, DType::bf16}) {
-    const auto device = cpuDevice(type);
+    const auto device = tested.make(type);
     for (const auto [rows, cols] : {Shape{300, 21}, Shape{1, 1}, Shape{1100, 77}, Shape{513, 48}}) {
       CAPTURE(rows);
-      TestMatrix x(type, rows, cols, 4);
+      TestMatrix x(*device, type, rows, cols, 4);
       x.randomize(random, 50);
-      std::vector<double> z(static_cast<size_t>(cols * cols), 0.5);
-      device->secondMoment(x.view, {z.data(), DType::f64, cols, cols, cols});
+      const DeviceVector<double> z(*device, static_cast<size_t>(cols * cols), 0.5);
+      device->secondMoment(x.view(), {z.data(), DType::f64, cols, cols, cols});
       double worst = 0;
       for (int64_t i = 0; i < cols; ++i) {
         for (int64_t j = 0; j <= i; ++j) {
@@ -183,25 +236,27 @@ TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum, exact
   }
 }
 
-TEST_CASE("headLoss gives cross-entropies and their gradient over several chunks") {
+DEVICE_TEST_CASE("headLoss gives cross-entropies and their gradient over several chunks") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   std::mt19937_64 random(seed);
   const int64_t rows = 192, hidden = 24, vocabulary = 157;
   for (const DType type : {DType::f32, DType::bf16}) {
     CAPTURE(nameOf(type));
-    const auto device = cpuDevice(type);
-    TestMatrix x(type, rows, hidden), head(type, vocabulary, hidden), dx(DType::f32, rows, hidden);
+    const auto device = tested.make(type);
+    TestMatrix x(*device, type, rows, hidden), head(*device, type, vocabulary, hidden), dx(*device, DType::f32, rows, hidden);
     x.randomize(random);
     head.randomize(random, 0.5);
     const auto weight = device->prepare({hostTensor(head, "head")}, {true, true, false});
-    std::vector<int32_t> targets;
-    std::vector<float> scale, losses(static_cast<size_t>(rows));
-    for (int64_t i = 0; i < rows; ++i) {
-      targets.push_back(static_cast<int32_t>(random() % static_cast<uint64_t>(vocabulary)));
-      scale.push_back(static_cast<float>(i % 3) * 0.25f);
+    DeviceVector<int32_t> targets(*device, static_cast<size_t>(rows));
+    DeviceVector<float> scale(*device, targets.size());
+    const DeviceVector<float> losses(*device, targets.size());
+    for (size_t i = 0; i < targets.size(); ++i) {
+      targets.edit()[i] = static_cast<int32_t>(random() % static_cast<uint64_t>(vocabulary));
+      scale.edit()[i] = static_cast<float>(i % 3) * 0.25f;
     }
-    device->headLoss(x.view, *weight, targets.data(), scale.data(), losses.data(), &dx.view);
+    const Matrix dxView = dx.view();
+    device->headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), &dxView);
 
     std::vector<double> gradient(static_cast<size_t>(rows * hidden), 0.0);
     double worst = 0, total = 0;
@@ -226,8 +281,46 @@ TEST_CASE("headLoss gives cross-entropies and their gradient over several chunks
     CHECK(worst < 1e-5);
     CHECK(relativeError(dx, [&](int64_t t, int64_t h) { return gradient[static_cast<size_t>(t * hidden + h)]; }) <
           tolerance(type));
-    double sum = 1.5;
-    device->sumLosses(losses.data(), scale.data(), rows, &sum);
-    CHECK(sum == doctest::Approx(total + 1.5).epsilon(1e-5));
+    const DeviceVector<double> sum(*device, {1.5});
+    device->sumLosses(losses.data(), scale.data(), rows, sum.data());
+    CHECK(sum[0] == doctest::Approx(total + 1.5).epsilon(1e-5));
+
+    const std::vector<float> withGradient = losses.host();
+    const std::vector<unsigned char> gradientBits = dx.bits();
+    device->headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), nullptr);
+    CHECK(relativeDifference(losses.host(), withGradient) < 1e-6);
+    device->headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), &dxView);
+    CHECK(losses.host() == withGradient);
+    CHECK(dx.bits() == gradientBits);
   }
+}
+
+DEVICE_TEST_CASE("a NaN in a row makes its loss and its gradient NaN, and no other row's") {
+  std::mt19937_64 random(freshSeed());
+  const int64_t rows = 64, hidden = 24, vocabulary = 61;
+  const auto device = tested.make(DType::f32);
+  TestMatrix x(*device, DType::f32, rows, hidden), head(*device, DType::f32, vocabulary, hidden),
+      dx(*device, DType::f32, rows, hidden);
+  x.randomize(random);
+  head.randomize(random);
+  x.set(5 * hidden + 3, std::nan(""));
+  const auto weight = device->prepare({hostTensor(head, "head")}, {true, true, false});
+  const DeviceVector<int32_t> targets(*device, rows, 1);
+  const DeviceVector<float> scale(*device, rows, 1.0f), losses(*device, rows);
+  const Matrix dxView = dx.view();
+  device->headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), &dxView);
+  for (int64_t i = 0; i < rows; ++i) {
+    CHECK(std::isnan(losses[static_cast<size_t>(i)]) == (i == 5));
+    CHECK(std::isnan(dx.at(i, 0)) == (i == 5));
+  }
+}
+
+DEVICE_TEST_CASE("the room that the plans count grows with what is to be done") {
+  const auto device = tested.make(DType::bf16);
+  CHECK(device->momentWorkspaceBytes(64, 33) <= device->momentWorkspaceBytes(64, 576));
+  CHECK(device->momentWorkspaceBytes(64, 576) <= device->momentWorkspaceBytes(1024, 576));
+  CHECK(device->momentWorkspaceBytes(1024, 576) < size_t{1} << 30);
+  CHECK(device->workspaceBytes(64, 1000) > 0);
+  CHECK(device->workspaceBytes(64, 1000) <= device->workspaceBytes(64, 49152));
+  CHECK(device->workspaceBytes(64, 49152) <= device->workspaceBytes(1024, 49152));
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "model/decoder.h"
+#include "test_device.h"
 
 namespace lora_da::test {
 
@@ -67,14 +68,11 @@ class RandomCheckpoint {
   }
   ~RandomCheckpoint() { std::remove(path.c_str()); }
 
-  std::unique_ptr<Decoder> load(DType type = DType::f32, bool profile = false) const {
-    DeviceOptions options;
-    options.device = "cpu";
-    options.computeType = type;
-    options.threads = 2;
-    options.packBudget = size_t{1} << 28;
-    options.profile = profile;
-    return std::make_unique<Decoder>(spec, tensors, options, [](int64_t, int64_t) {});
+  std::unique_ptr<Decoder> load(const TestDevice& tested, DType type = DType::f32, bool profile = false) const {
+    return load(tested.make(type, 2, size_t{1} << 28, profile));
+  }
+  std::unique_ptr<Decoder> load(std::unique_ptr<Device> device) const {
+    return std::make_unique<Decoder>(spec, tensors, std::move(device), [](int64_t, int64_t) {});
   }
 
   std::vector<AdapterFactors> randomFactors(Decoder& model) {

@@ -51,7 +51,8 @@ StepOptions smallStep(Recompute recompute = Recompute::none) {
 }
 
 struct Trained {
-  explicit Trained(DType type, bool profile = false) : checkpoint(1), model(checkpoint.load(type, profile)) {
+  Trained(const TestDevice& tested, DType type, bool profile = false)
+      : checkpoint(1), model(checkpoint.load(tested, type, profile)) {
     model->addLora(checkpoint.modules, 2, 1.0f);
     model->lora()->write(model->device(), LoraSet::Array::value, checkpoint.randomFactors(*model));
   }
@@ -70,11 +71,11 @@ int64_t pageFaults() {
 
 }  // namespace
 
-TEST_CASE("a steady step allocates no device memory") {
+DEVICE_TEST_CASE("a steady step allocates no device memory") {
   for (const DType type : {DType::f32, DType::bf16}) {
     for (const Recompute recompute : {Recompute::none, Recompute::layer}) {
       CAPTURE(nameOf(type));
-      Trained trained(type, true);
+      Trained trained(tested, type, true);
       // Micro-batches of two shapes in turn: neither may throw away what the other needs.
       const std::vector<TokenBatch> batches = {trained.checkpoint.batch({20, 44}), trained.checkpoint.batch({150, 31, 7})};
       const auto step = [&] { trained.model->trainStep(batches, smallStep(recompute)); };
@@ -93,9 +94,10 @@ TEST_CASE("a steady step allocates no device memory") {
   }
 }
 
-TEST_CASE("steady steps take the same host memory, and give it back" * doctest::skip(!ownHeap)) {
+TEST_CASE("steady steps take the same host memory, and give it back" *
+          cpuOnly("drivers, simulators and guards take memory of the process for themselves", ownHeap)) {
   for (const std::vector<int32_t>& lengths : stepLengths) {
-    Trained trained(DType::f32);
+    Trained trained({"cpu"}, DType::f32);
     const std::vector<TokenBatch> batches = {trained.checkpoint.batch(lengths)};
     for (int i = 0; i < warmupSteps; ++i) trained.model->trainStep(batches, smallStep());
     std::vector<int64_t> calls(countedSteps);
@@ -118,9 +120,10 @@ TEST_CASE("steady steps take the same host memory, and give it back" * doctest::
   }
 }
 
-TEST_CASE("a steady step has no page faults" * doctest::skip(!ownHeap)) {
+TEST_CASE("a steady step has no page faults" *
+          cpuOnly("drivers, simulators and guards touch memory of the process for themselves", ownHeap)) {
   for (const std::vector<int32_t>& lengths : stepLengths) {
-    Trained trained(DType::bf16);
+    Trained trained({"cpu"}, DType::bf16);
     const std::vector<TokenBatch> batches = {trained.checkpoint.batch(lengths)};
     for (int i = 0; i < warmupSteps; ++i) trained.model->trainStep(batches, smallStep());
     // The kernel may move a page at any moment; a step that faults would fault in every try.
@@ -136,7 +139,7 @@ TEST_CASE("a steady step has no page faults" * doctest::skip(!ownHeap)) {
   }
 }
 
-TEST_CASE("a step's arena is as large as recorded") {
+TEST_CASE("a step's arena is as large as recorded" * cpuOnly("a device may want room behind the inputs of products")) {
   // Hidden and query width 24, qkv 48, MLP 40, 4 heads, 2 key heads, 2 layers, rank 2 on every module: down-projections of
   // 6, 2, 4 and 2. T tokens and L labels are rounded up to 64. Bytes of a token with activations of e bytes:
   //   streams  192: the float32 stream entering a layer and in its middle. In float32 each layer keeps them; in bfloat16 all
@@ -160,7 +163,7 @@ TEST_CASE("a step's arena is as large as recorded") {
       {DType::f32, Recompute::layer, 600, 300, 1478400},  // 640 · 2212 + 320 · 196
   };
   for (const Recorded& shape : shapes) {
-    Trained trained(shape.type);
+    Trained trained({"cpu"}, shape.type);
     CAPTURE(nameOf(shape.type));
     CAPTURE(shape.tokens);
     CHECK(trained.model->planMemory(shape.tokens, shape.labels, shape.tokens, shape.recompute).activations == shape.bytes);

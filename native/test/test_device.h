@@ -1,23 +1,63 @@
-// What the operation tests share: a device per compute type, random matrices, and comparison with float64.
+// What the tests of operations share: the devices they run on, memory of a device with its values on the host, random matrices,
+// and comparison with float64.
 #pragma once
 
+#include <doctest/doctest.h>
+
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <random>
+#include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/device.h"
 
 namespace lora_da::test {
 
-inline std::unique_ptr<Device> cpuDevice(DType computeType, int threads = 2, size_t packBudget = size_t{1} << 30) {
-  DeviceOptions options;
-  options.device = "cpu";
-  options.computeType = computeType;
-  options.threads = threads;
-  options.packBudget = packBudget;
-  return makeDevice(options);
+// A device that the tests run on. LORA_DA_TEST_DEVICES lists them by name, separated by commas: cpu (the default), guarded-cpu
+// (guarded_device.h), or what --device takes.
+struct TestDevice {
+  std::string name;
+
+  // Computes on the CPU, where the number of threads and the budget for packed weights mean something.
+  bool onCpu() const;
+  std::unique_ptr<Device> make(DType computeType, int threads = 2, size_t packBudget = size_t{1} << 30,
+                               bool profile = false) const;
+};
+
+const std::vector<TestDevice>& devices();
+
+template <class Body>
+void forEachDevice(Body body) {
+  for (const TestDevice& tested : devices()) {
+    INFO("device ", tested.name);
+    body(tested);
+  }
 }
+
+// A test case that runs on every device, called `tested` in its body.
+#define DEVICE_TEST_CASE_OF(function, ...)        \
+  static void function(const TestDevice& tested); \
+  TEST_CASE(__VA_ARGS__) {                        \
+    forEachDevice(function);                      \
+  }                                               \
+  static void function([[maybe_unused]] const TestDevice& tested)
+#define DEVICE_TEST_CASE(...) DEVICE_TEST_CASE_OF(DOCTEST_ANONYMOUS(onEveryDevice), __VA_ARGS__)
+
+// Decorates a test case of what only the CPU device has, or of no device; it is skipped where `cpu` is not listed, or not
+// `possible`.
+doctest::skip cpuOnly(const char* reason, bool possible = true);
+
+// The device of such a test case.
+inline std::unique_ptr<Device> cpuDevice(DType computeType, int threads = 2) {
+  return TestDevice{"cpu"}.make(computeType, threads);
+}
+
+// Whether large cases are left out: where LORA_DA_TEST_SMALL is set, as it is for a simulated device, which takes its time.
+bool smallCasesOnly();
 
 // False where AddressSanitizer has an operator new and a heap of its own: freed memory rests before it is used again, and the
 // process grows meanwhile.
@@ -32,57 +72,128 @@ inline uint64_t freshSeed() {
   return std::random_device{}();
 }
 
-// A matrix on the device (host memory on the CPU) with its float64 copy, rounded to the device's type first.
-struct TestMatrix {
-  std::vector<float> f32;
-  std::vector<uint16_t> bf16;
-  std::vector<double> exact;
-  Matrix view;
+// An array on the device, and its values on the host. data() is for the operations of a device, which may write there: the next
+// host() fetches what they left. edit() is for the host, which may write: the next data() uploads it. Take pointers anew for each
+// operation.
+template <class T>
+class DeviceVector {
+ public:
+  DeviceVector(Device& device, std::vector<T> values)
+      : device_(device), host_(std::move(values)), memory_(device.allocate(host_.size() * sizeof(T), "test")) {}
+  DeviceVector(Device& device, size_t count, T value = T()) : DeviceVector(device, std::vector<T>(count, value)) {}
+  DeviceVector(Device& device, std::initializer_list<T> values) : DeviceVector(device, std::vector<T>(values)) {}
 
-  TestMatrix(DType type, int64_t rows, int64_t cols, int64_t extraStride = 0) {
-    const int64_t stride = cols + extraStride;
-    exact.assign(static_cast<size_t>(rows * stride), 0.0);
-    if (type == DType::bf16)
-      bf16.assign(static_cast<size_t>(rows * stride), 0);
-    else
-      f32.assign(static_cast<size_t>(rows * stride), 0.0f);
-    view =
-        Matrix{type == DType::bf16 ? static_cast<void*>(bf16.data()) : static_cast<void*>(f32.data()), type, rows, cols, stride};
+  T* data() const {
+    if (newer_ == Side::host) device_.upload(memory_.get(), host_.data(), host_.size() * sizeof(T));
+    newer_ = Side::device;
+    return static_cast<T*>(memory_.get());
   }
+  const std::vector<T>& host() const {
+    if (newer_ == Side::device) {
+      device_.download(host_.data(), memory_.get(), host_.size() * sizeof(T));
+      device_.synchronize();
+      newer_ = Side::neither;
+    }
+    return host_;
+  }
+  std::vector<T>& edit() {
+    host();
+    newer_ = Side::host;
+    return host_;
+  }
+  size_t size() const { return host_.size(); }
+  const T& operator[](size_t i) const { return host()[i]; }
+
+ private:
+  enum class Side { host, device, neither };
+
+  Device& device_;
+  mutable std::vector<T> host_;
+  mutable Side newer_ = Side::host;
+  Buffer memory_;
+};
+
+// A matrix on the device with the float64 copy of what set() gave it, rounded to its type first. Strides longer than the rows
+// leave a margin behind them.
+class TestMatrix {
+ public:
+  std::vector<double> exact;
+
+  TestMatrix(Device& device, DType type, int64_t rows, int64_t cols, int64_t extraStride = 0)
+      : exact(static_cast<size_t>(rows * (cols + extraStride)), 0.0),
+        shape_{nullptr, type, rows, cols, cols + extraStride},
+        bytes_(device, exact.size() * sizeOf(type)) {}
   TestMatrix(const TestMatrix&) = delete;
 
+  DType type() const { return shape_.dtype; }
+  int64_t rows() const { return shape_.rows; }
+  int64_t cols() const { return shape_.cols; }
+  int64_t stride() const { return shape_.stride; }
+
+  // For the operations of a device; see DeviceVector.
+  Matrix view() const {
+    Matrix view = shape_;
+    view.data = bytes_.data();
+    return view;
+  }
+  // Its values on the host, margins included: float for float32, uint16_t for bfloat16.
+  template <class T>
+  const T* host() const {
+    return reinterpret_cast<const T*>(bytes_.host().data());
+  }
+  template <class T>
+  T* edit() {
+    return reinterpret_cast<T*>(bytes_.edit().data());
+  }
+  const std::vector<unsigned char>& bits() const { return bytes_.host(); }
+
   void set(int64_t i, double value) {
-    if (view.dtype == DType::bf16) {
-      bf16[static_cast<size_t>(i)] = floatToBf16(static_cast<float>(value));
-      exact[static_cast<size_t>(i)] = bf16ToFloat(bf16[static_cast<size_t>(i)]);
+    const auto rounded = static_cast<float>(value);
+    const auto at = static_cast<size_t>(i);
+    if (type() == DType::bf16) {
+      edit<uint16_t>()[at] = floatToBf16(rounded);
+      exact[at] = bf16ToFloat(floatToBf16(rounded));
     } else {
-      f32[static_cast<size_t>(i)] = static_cast<float>(value);
-      exact[static_cast<size_t>(i)] = f32[static_cast<size_t>(i)];
+      edit<float>()[at] = rounded;
+      exact[at] = rounded;
     }
   }
   void randomize(std::mt19937_64& random, double scale = 1.0) {
     std::normal_distribution<double> normal(0.0, scale);
     for (size_t i = 0; i < exact.size(); ++i) set(static_cast<int64_t>(i), normal(random));
   }
-  double at(int64_t row, int64_t col) const {
-    const size_t i = static_cast<size_t>(row * view.stride + col);
-    return view.dtype == DType::bf16 ? bf16ToFloat(bf16[i]) : f32[i];
-  }
-  double exactAt(int64_t row, int64_t col) const { return exact[static_cast<size_t>(row * view.stride + col)]; }
+  // Element i of the memory, margins included.
+  double flat(int64_t i) const { return type() == DType::bf16 ? bf16ToFloat(host<uint16_t>()[i]) : host<float>()[i]; }
+  double at(int64_t row, int64_t col) const { return flat(row * stride() + col); }
+  double exactAt(int64_t row, int64_t col) const { return exact[static_cast<size_t>(row * stride() + col)]; }
+
+ private:
+  Matrix shape_;
+  DeviceVector<unsigned char> bytes_;
 };
 
 // ||actual - expected|| / ||expected|| over the view.
 template <class Expected>
 double relativeError(const TestMatrix& actual, Expected expected) {
   double difference = 0, norm = 0;
-  for (int64_t i = 0; i < actual.view.rows; ++i) {
-    for (int64_t j = 0; j < actual.view.cols; ++j) {
+  for (int64_t i = 0; i < actual.rows(); ++i) {
+    for (int64_t j = 0; j < actual.cols(); ++j) {
       const double e = expected(i, j), d = actual.at(i, j) - e;
       difference += d * d;
       norm += e * e;
     }
   }
   return std::sqrt(difference) / std::max(std::sqrt(norm), 1e-30);
+}
+
+// ||a - b|| / ||b||
+inline double relativeDifference(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+    norm += std::pow(static_cast<double>(b[i]), 2);
+  }
+  return std::sqrt(difference / norm);
 }
 
 inline double tolerance(DType type) {

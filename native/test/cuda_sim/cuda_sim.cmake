@@ -28,7 +28,7 @@ target_compile_options(cuda_sim PRIVATE -O2 -g)
 target_link_libraries(cuda_sim PUBLIC ${CMAKE_DL_LIBS})
 
 add_executable(cuda_sim_tests native/test/main.cpp)
-target_include_directories(cuda_sim_tests PRIVATE ${DOCTEST_INCLUDE})
+target_include_directories(cuda_sim_tests SYSTEM PRIVATE ${THIRD_PARTY})
 file(GLOB CUDA_SIM_TEST_SOURCES CONFIGURE_DEPENDS ${CUDA_SIM_FOLDER}/*_test.cpp ${CUDA_SIM_FOLDER}/*.cu)
 add_simulated_cuda(cuda_sim_tests ${CUDA_SIM_TEST_SOURCES})
 add_test(NAME cuda_sim COMMAND cuda_sim_tests)

@@ -1,0 +1,17 @@
+# cmake -P logged.cmake LOG COMMAND...: runs the command, keeps what it prints in LOG, and shows what of that is not ptxas' account
+# of a kernel: warnings and errors.
+math(EXPR last "${CMAKE_ARGC} - 1")
+set(log ${CMAKE_ARGV3})
+set(command "")
+foreach(i RANGE 4 ${last})
+  list(APPEND command "${CMAKE_ARGV${i}}")
+endforeach()
+execute_process(COMMAND ${command} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
+file(WRITE ${log} "${output}")
+string(REGEX REPLACE "ptxas info[^\n]*\n|    [0-9]+ bytes stack frame[^\n]*\n" "" rest "${output}")
+if(rest MATCHES "[^ \n]")
+  message("${rest}")
+endif()
+if(NOT result EQUAL 0)
+  message(FATAL_ERROR "nvcc failed")
+endif()
