@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels/kernels.h"
 #include "test_device.h"
 
 using namespace lora_da;
@@ -422,49 +421,6 @@ DEVICE_TEST_CASE("conversion works on views") {
             return type == DType::bf16 ? static_cast<double>(bf16ToFloat(floatToBf16(static_cast<float>(from)))) : from;
           }) == 0);
   }
-}
-
-TEST_CASE("the cross-entropy kernel gives each row's loss and gradient" * cpuOnly("calls a kernel of the CPU device itself")) {
-  for (DType type : types) {
-    const auto device = cpuDevice(type);
-    const auto& typed = type == DType::bf16 ? cpu::kernels().bf16 : cpu::kernels().f32;
-    for (int64_t vocabulary : {2, 17, 2048, 2049, 5003, 49152}) {
-      for (double scale : {1.0, 40.0}) {
-        const uint64_t seed = freshSeed();
-        INFO(describe(seed, type, vocabulary), ", scale ", scale);
-        std::mt19937_64 random(seed);
-        const std::vector<float> logits = randomFloats(static_cast<size_t>(vocabulary), random, 3, scale);
-        const int32_t target = static_cast<int32_t>(random() % static_cast<uint64_t>(vocabulary));
-        const double largest = *std::max_element(logits.begin(), logits.end());
-        double sum = 0;
-        for (float v : logits) sum += std::exp(static_cast<double>(v) - largest);
-        const double loss = std::log(sum) + largest - static_cast<double>(logits[static_cast<size_t>(target)]);
-        TestMatrix gradient(*device, type, 1, vocabulary);
-        const float actual = typed.crossEntropy(logits.data(), target, 0.5f, gradient.view().data, vocabulary);
-        CHECK(static_cast<double>(actual) == doctest::Approx(loss).epsilon(1e-6));
-        CHECK(typed.crossEntropy(logits.data(), target, 0.5f, nullptr, vocabulary) == actual);
-        const auto expected = [&](int64_t j) {
-          return 0.5 * (std::exp(static_cast<double>(logits[static_cast<size_t>(j)]) - largest) / sum - (j == target));
-        };
-        CHECK(std::abs(gradient.at(0, target) - expected(target)) < tolerance(type));
-        gradient.set(target, 0);
-        // Differences of large logits carry float32's rounding into the exponent.
-        const double allowed = tolerance(type) + (scale > 1 ? 1e-5 : 0);
-        CHECK(relativeError(gradient, [&](int64_t, int64_t j) { return j == target ? 0 : expected(j); }) < allowed);
-      }
-    }
-  }
-}
-
-TEST_CASE("a NaN logit makes the loss NaN" * cpuOnly("calls a kernel of the CPU device itself")) {
-  std::vector<float> logits(100, 0.0f);
-  logits[57] = std::nanf("");
-  CHECK(std::isnan(cpu::kernels().f32.crossEntropy(logits.data(), 3, 1.0f, nullptr, 100)));
-}
-
-TEST_CASE("LORA_DA_ISA chooses the kernels" * cpuOnly("names the CPU device's instruction sets")) {
-  const char* wanted = std::getenv("LORA_DA_ISA");
-  if (wanted) CHECK(std::string(cpu::kernels().isa) == wanted);
 }
 
 DEVICE_TEST_CASE("memory is aligned and a hopeless request is refused by purpose") {

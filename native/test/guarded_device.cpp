@@ -275,6 +275,10 @@ void GuardedDevice::zero(void* device, size_t bytes) {
   enqueue("zero", &Device::zero, array(device, static_cast<int64_t>(bytes)), bytes);
 }
 
+void GuardedDevice::copy(void* to, const void* from, size_t bytes) {
+  enqueue("copy", &Device::copy, array(to, static_cast<int64_t>(bytes)), array(from, static_cast<int64_t>(bytes)), bytes);
+}
+
 std::unique_ptr<Weight> GuardedDevice::prepare(const std::vector<HostTensor>& parts, WeightUses uses) {
   outsideOfRecording("prepare");
   return device_->prepare(parts, uses);
@@ -416,6 +420,27 @@ void GuardedDevice::symmetricProduct(const double* a, int64_t n, int64_t m, doub
 void GuardedDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
   enqueue("lowestEigenpairs", &Device::lowestEigenpairs, array(a, n * n), n, count, array(values, count),
           array(vectors, count * n));
+}
+
+void GuardedDevice::scale(const Matrix& x, double factor) {
+  enqueue("scale", &Device::scale, x, factor);
+}
+
+void GuardedDevice::blend(double* a, double alpha, const double* b, double beta, int64_t count) {
+  enqueue("blend", &Device::blend, array(a, count), alpha, array(b, count), beta, count);
+}
+
+void GuardedDevice::addToDiagonal(double* a, int64_t n, double value) {
+  enqueue("addToDiagonal", &Device::addToDiagonal, array(a, n * n), n, value);
+}
+
+void GuardedDevice::scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) {
+  enqueue("scaledTranspose", &Device::scaledTranspose, array(x, rows * cols), rows, cols, array(scale, rows),
+          array(y, rows * cols));
+}
+
+int64_t GuardedDevice::countNonFinite(const Matrix& x) {
+  return device_->countNonFinite(outsideOfRecording("countNonFinite")(x).get());
 }
 
 }  // namespace lora_da::test
