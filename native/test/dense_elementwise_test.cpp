@@ -1,5 +1,4 @@
-// Elementwise passes over the initializations' matrices, and products with one column. Arrays of the device are touched through
-// upload and download alone.
+// Elementwise passes over the initializations' matrices, and products with one column.
 #include <doctest/doctest.h>
 
 #include <limits>
@@ -12,30 +11,10 @@ using namespace lora_da::test;
 
 namespace {
 
-// An array on the device that starts as `values`; `offset` elements before it make it as badly aligned as a module's rows may be.
 template <class T>
-class OnDevice {
- public:
-  OnDevice(Device& device, const std::vector<T>& values, size_t offset = 0)
-      : device_(device), count_(values.size()), offset_(offset), buffer_(device.allocate((count_ + offset) * sizeof(T), "test")) {
-    device.upload(get(), values.data(), count_ * sizeof(T));
-  }
-  T* get() const { return static_cast<T*>(buffer_.get()) + offset_; }
-  Matrix view(int64_t rows, int64_t cols) const {
-    return {get(), std::is_same_v<T, float> ? DType::f32 : DType::f64, rows, cols, cols};
-  }
-  std::vector<T> read() const {
-    std::vector<T> values(count_);
-    device_.download(values.data(), get(), count_ * sizeof(T));
-    device_.synchronize();
-    return values;
-  }
-
- private:
-  Device& device_;
-  size_t count_, offset_;
-  Buffer buffer_;
-};
+Matrix view(const DeviceVector<T>& values, int64_t rows, int64_t cols) {
+  return {values.data(), std::is_same_v<T, float> ? DType::f32 : DType::f64, rows, cols, cols};
+}
 
 template <class T>
 std::vector<T> randomValues(int64_t count, std::mt19937_64& random) {
@@ -58,11 +37,11 @@ void checkScale(Device& device, std::mt19937_64& random) {
     for (const size_t offset : {0, 1}) {
       const std::vector<T> before = randomValues<T>(rows * cols, random);
       const double factor = 1.0 / 37;
-      const OnDevice<T> x(device, before, offset);
-      device.scale(x.view(rows, cols), factor);
+      const DeviceVector<T> x(device, before, offset);
+      device.scale(view(x, rows, cols), factor);
       std::vector<T> expected = before;
       for (T& value : expected) value = static_cast<T>(static_cast<double>(value) * factor);
-      CHECK(x.read() == expected);
+      CHECK(x.host() == expected);
     }
   }
 }
@@ -74,35 +53,35 @@ void checkCount(Device& device, std::mt19937_64& random) {
     for (const size_t offset : {0, 1}) {
       std::vector<T> values = randomValues<T>(rows * cols, random);
       values.front() = std::numeric_limits<T>::max();
-      CHECK(device.countNonFinite(OnDevice<T>(device, values, offset).view(rows, cols)) == 0);
+      CHECK(device.countNonFinite(view(DeviceVector<T>(device, values, offset), rows, cols)) == 0);
       int64_t expected = 0;
       for (const T bad : {infinity, -infinity, notANumber}) {
         T& value = values[random() % values.size()];
         expected += std::isfinite(value);
         value = bad;
       }
-      CHECK(device.countNonFinite(OnDevice<T>(device, values, offset).view(rows, cols)) == expected);
+      CHECK(device.countNonFinite(view(DeviceVector<T>(device, values, offset), rows, cols)) == expected);
       std::fill(values.begin(), values.end(), notANumber);
-      CHECK(device.countNonFinite(OnDevice<T>(device, values, offset).view(rows, cols)) == rows * cols);
+      CHECK(device.countNonFinite(view(DeviceVector<T>(device, values, offset), rows, cols)) == rows * cols);
     }
   }
 }
 
 }  // namespace
 
-TEST_CASE("copies are whole, and of nothing nothing") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("copies are whole, and of nothing nothing") {
+  const auto device = tested.make(DType::f32);
   std::mt19937_64 random(freshSeed());
   const std::vector<double> values = randomValues<double>(1031, random);
-  const OnDevice<double> from(*device, values), to(*device, undefined(1031));
-  device->copy(to.get(), from.get(), 0);
-  CHECK(std::isnan(to.read().front()));
-  device->copy(to.get(), from.get(), values.size() * sizeof(double));
-  CHECK(to.read() == values);
+  const DeviceVector<double> from(*device, values), to(*device, undefined(1031));
+  device->copy(to.data(), from.data(), 0);
+  CHECK(std::isnan(to.host().front()));
+  device->copy(to.data(), from.data(), values.size() * sizeof(double));
+  CHECK(to.host() == values);
 }
 
-TEST_CASE("scaling multiplies in float64 and rounds once") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("scaling multiplies in float64 and rounds once") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -110,17 +89,17 @@ TEST_CASE("scaling multiplies in float64 and rounds once") {
   checkScale<double>(*device, random);
 }
 
-TEST_CASE("a blend is the weighted sum of both arrays") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a blend is the weighted sum of both arrays") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
   for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{511}, int64_t{512}, int64_t{40001}}) {
     for (const size_t offset : {0, 1}) {
       const std::vector<double> a = randomValues<double>(count, random), b = randomValues<double>(count, random);
-      const OnDevice<double> onDevice(*device, a, offset), other(*device, b);
-      device->blend(onDevice.get(), -0.75, other.get(), 1e3, count);
-      const std::vector<double> result = onDevice.read();
+      const DeviceVector<double> onDevice(*device, a, offset), other(*device, b);
+      device->blend(onDevice.data(), -0.75, other.data(), 1e3, count);
+      const std::vector<double> result = onDevice.host();
       double worst = 0;
       for (size_t i = 0; i < result.size(); ++i) {
         const Real first = -0.75L * static_cast<Real>(a[i]), second = 1e3L * static_cast<Real>(b[i]);
@@ -128,25 +107,25 @@ TEST_CASE("a blend is the weighted sum of both arrays") {
             std::max(worst, static_cast<double>(std::abs(result[i] - (first + second)) / (std::abs(first) + std::abs(second))));
       }
       CHECK(worst < 3e-16);
-      CHECK(other.read() == b);
+      CHECK(other.host() == b);
     }
   }
 }
 
-TEST_CASE("a value is added to the diagonal and nowhere else") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a value is added to the diagonal and nowhere else") {
+  const auto device = tested.make(DType::f32);
   std::mt19937_64 random(freshSeed());
   for (const int64_t n : {1, 7, 300}) {
     std::vector<double> expected = randomValues<double>(n * n, random);
-    const OnDevice<double> a(*device, expected);
-    device->addToDiagonal(a.get(), n, 1e-6);
+    const DeviceVector<double> a(*device, expected);
+    device->addToDiagonal(a.data(), n, 1e-6);
     for (int64_t i = 0; i < n; ++i) expected[static_cast<size_t>(i * n + i)] += 1e-6;
-    CHECK(a.read() == expected);
+    CHECK(a.host() == expected);
   }
 }
 
-TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -154,9 +133,9 @@ TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
     for (const size_t offset : {0, 1}) {
       const std::vector<float> x = randomValues<float>(rows * cols, random);
       const std::vector<double> scale = randomValues<double>(rows, random);
-      const OnDevice<float> from(*device, x, offset);
-      const OnDevice<double> scales(*device, scale), to(*device, undefined(rows * cols), offset);
-      device->scaledTranspose(from.get(), rows, cols, scales.get(), to.get());
+      const DeviceVector<float> from(*device, x, offset);
+      const DeviceVector<double> scales(*device, scale), to(*device, undefined(rows * cols), offset);
+      device->scaledTranspose(from.data(), rows, cols, scales.data(), to.data());
       std::vector<double> expected(x.size());
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
@@ -164,13 +143,13 @@ TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
               scale[static_cast<size_t>(i)] * static_cast<double>(x[static_cast<size_t>(i * cols + j)]);
         }
       }
-      CHECK(to.read() == expected);
+      CHECK(to.host() == expected);
     }
   }
 }
 
-TEST_CASE("infinities and what is not a number are counted") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("infinities and what is not a number are counted") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -178,8 +157,8 @@ TEST_CASE("infinities and what is not a number are counted") {
   checkCount<double>(*device, random);
 }
 
-TEST_CASE("a float64 product with one column overwrites or adds, for any strides") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a float64 product with one column overwrites or adds, for any strides") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -189,12 +168,12 @@ TEST_CASE("a float64 product with one column overwrites or adds, for any strides
         const int64_t inner = side == Transpose::no ? cols : rows, outer = side == Transpose::no ? rows : cols;
         const std::vector<double> a = randomValues<double>(rows * (cols + extra), random),
                                   x = randomValues<double>(inner * (1 + extra), random);
-        const OnDevice<double> matrix(*device, a), column(*device, x), y(*device, undefined(outer * (1 + extra)));
-        const Matrix left{matrix.get(), DType::f64, rows, cols, cols + extra},
-            right{column.get(), DType::f64, inner, 1, 1 + extra}, result{y.get(), DType::f64, outer, 1, 1 + extra};
+        const DeviceVector<double> matrix(*device, a), column(*device, x), y(*device, undefined(outer * (1 + extra)));
+        const Matrix left{matrix.data(), DType::f64, rows, cols, cols + extra},
+            right{column.data(), DType::f64, inner, 1, 1 + extra}, result{y.data(), DType::f64, outer, 1, 1 + extra};
         device->matmul(side, left, Transpose::no, right, 1.0f, false, result);
         device->matmul(side, left, Transpose::no, right, -3.0f, true, result);
-        const std::vector<double> found = y.read();
+        const std::vector<double> found = y.host();
         double worst = 0;
         for (int64_t i = 0; i < outer; ++i) {
           Real sum = 0, size = 0;
