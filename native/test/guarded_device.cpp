@@ -444,25 +444,4 @@ void GuardedDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double
           array(vectors, count * n));
 }
 
-void GuardedDevice::scale(const Matrix& x, double factor) {
-  enqueue("scale", &Device::scale, x, factor);
-}
-
-void GuardedDevice::blend(double* a, double alpha, const double* b, double beta, int64_t count) {
-  enqueue("blend", &Device::blend, array(a, count), alpha, array(b, count), beta, count);
-}
-
-void GuardedDevice::addToDiagonal(double* a, int64_t n, double value) {
-  enqueue("addToDiagonal", &Device::addToDiagonal, array(a, n * n), n, value);
-}
-
-void GuardedDevice::scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) {
-  enqueue("scaledTranspose", &Device::scaledTranspose, array(x, rows * cols), rows, cols, array(scale, rows),
-          array(y, rows * cols));
-}
-
-int64_t GuardedDevice::countNonFinite(const Matrix& x) {
-  return device_->countNonFinite(outsideOfRecording("countNonFinite")(x).get());
-}
-
 }  // namespace lora_da::test
