@@ -12,11 +12,13 @@ constexpr int threads = 256;
 constexpr double epsilon = std::numeric_limits<double>::epsilon();
 constexpr double unknown = std::numeric_limits<double>::infinity();
 
-// Of |A|. The residual that the iteration carries along is held to the first, the true one to the second.
-constexpr double tolerance = 2e-14, trueTolerance = 4e-14;
+// Of |A|: what residuals are brought down to, and what they may be at most, where they come no further: within a cluster as
+// narrow as this no shift tells one vector from another.
+constexpr double tolerance = 2e-14, mostTolerance = 1e-13;
+constexpr size_t stepsWithoutGain = 5;  // in which the largest residual is not halved
 constexpr double orthogonality = 1e-12;
 
-constexpr int mostSteps = 100;
+constexpr int mostSteps = 120;
 constexpr int firstSteps = 3;  // on A alone, which show where its spectrum begins
 constexpr int mostInversions = 16;
 constexpr int stepsBetweenInversions = 3;
@@ -145,7 +147,7 @@ void LowestEigenpairs::layOut(char* memory) {
   vectors_ = columns(n_, width_);
   residuals_ = columns(n_, width_);
   block_ = columns(n_, 2 * width_);
-  other_ = columns(n_, 2 * width_);
+  other_ = columns(n_, width_);
   projection_ = columns(most_, most_);
   preceding_ = columns(most_, width_);
   kept_ = columns(most_, 2 * width_);
@@ -241,11 +243,16 @@ void LowestEigenpairs::project(Ritz& ritz) {
   ritz.residuals = residualNorms(residuals_, width_);
 }
 
+bool LowestEigenpairs::comesNoFurther(const Ritz& ritz) {
+  largest_.push_back(*std::max_element(ritz.residuals.begin(), ritz.residuals.begin() + count_));
+  return largest_.size() > stepsWithoutGain && largest_.back() > 0.5 * largest_[largest_.size() - 1 - stepsWithoutGain];
+}
+
 // Whether the wanted pairs hold with A itself; A Q, from which rounding errors grow, is made anew where they do not.
 bool LowestEigenpairs::confirm() {
   dense_.multiply(CUBLAS_OP_N, a_, vectors_.range(0, count_), 1, 0, block_.range(0, count_));
   const std::vector<double> norms = residualNorms(block_, count_);
-  if (std::all_of(norms.begin(), norms.end(), [&](double norm) { return norm <= trueTolerance * norm_; })) return true;
+  if (std::all_of(norms.begin(), norms.end(), [&](double norm) { return norm <= mostTolerance * norm_; })) return true;
   dense_.multiply(CUBLAS_OP_N, a_, space_.range(0, size_), 1, 0, product_.range(0, size_));
   return false;
 }
@@ -358,9 +365,9 @@ bool LowestEigenpairs::find(void* memory, double* values, double* vectors) {
   Ritz ritz;
   for (steps_ = 1; steps_ <= mostSteps && size_ >= width_; ++steps_) {
     project(ritz);
-    const auto converged = [&](double residual) { return residual <= tolerance * norm_; };
+    const double goal = (comesNoFurther(ritz) ? mostTolerance : tolerance) * norm_;
     const auto wanted = ritz.residuals.begin() + count_;
-    const auto lowest = std::find_if_not(ritz.residuals.begin(), wanted, converged);
+    const auto lowest = std::find_if_not(ritz.residuals.begin(), wanted, [&](double residual) { return residual <= goal; });
     if (lowest == wanted && confirm()) {
       if (!nothingMissed(ritz)) return false;
       queue_.copy(values, values_, static_cast<size_t>(count_) * sizeof(double));

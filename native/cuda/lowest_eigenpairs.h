@@ -8,7 +8,7 @@
 // much as a conjugate gradient iteration keeps; Stathopoulos & Saad 1998).
 //
 // The answer is certified, or there is none:
-// - each pair has a true residual |A v - theta v| of at most 4e-14 |A|, and the vectors are orthonormal to 1e-12, so that there
+// - each pair has a true residual |A v - theta v| of at most 1e-13 |A|, and the vectors are orthonormal to 1e-12, so that there
 //   are `count` eigenvalues within that residual of the thetas;
 // - none was missed below: A + c V V^T - s I with s = theta_count - n epsilon |A| has a Cholesky factor. If A had count + 1
 //   eigenvalues below s, their eigenvectors would span a vector x orthogonal to all of V, with x^T A x < s x^T x, and the matrix
@@ -47,6 +47,7 @@ class LowestEigenpairs {
   void start();
   void project(Ritz& ritz);
   std::vector<double> residualNorms(const Columns& product, int64_t count);
+  bool comesNoFurther(const Ritz& ritz);
   bool confirm();
   void shrink();
   void rememberVectors(bool shrunk);
@@ -70,7 +71,7 @@ class LowestEigenpairs {
   Columns inverse_;                  // [n, n]
   Columns space_, product_;          // Q, A Q [n, size_]
   Columns vectors_, residuals_;      // [n, width_]
-  Columns block_, other_;            // [n, 2 width_]
+  Columns block_, other_;            // [n, 2 width_], [n, width_]
   Columns projection_;               // [most_, most_]: Q^T A Q, then its eigenvectors S
   Columns preceding_;                // [most_, width_]: the preceding Ritz vectors in the present space
   Columns kept_;                     // [most_, 2 width_]: what shrink keeps
@@ -81,9 +82,10 @@ class LowestEigenpairs {
 
   int64_t size_ = 0;
   bool hasPreceding_ = false, inverted_ = false;
-  double norm_ = 0;             // |A|, from below
-  double shift_ = 0;            // of inverse_
-  std::vector<double> errors_;  // estimates of how far each Ritz value is above its eigenvalue; infinite where unknown
+  double norm_ = 0;              // |A|, from below
+  double shift_ = 0;             // of inverse_
+  std::vector<double> errors_;   // estimates of how far each Ritz value is above its eigenvalue; infinite where unknown
+  std::vector<double> largest_;  // residual of a wanted pair in each step
   int steps_ = 0, inversions_ = 0, lastInversion_ = 0;
 };
 

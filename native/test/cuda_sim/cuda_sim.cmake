@@ -29,6 +29,9 @@ target_link_libraries(cuda_sim PUBLIC ${CMAKE_DL_LIBS})
 
 add_executable(cuda_sim_tests native/test/main.cpp)
 target_include_directories(cuda_sim_tests SYSTEM PRIVATE ${THIRD_PARTY})
-file(GLOB CUDA_SIM_TEST_SOURCES CONFIGURE_DEPENDS ${CUDA_SIM_FOLDER}/*_test.cpp ${CUDA_SIM_FOLDER}/*.cu)
+file(GLOB CUDA_SIM_TEST_SOURCES CONFIGURE_DEPENDS ${CUDA_SIM_FOLDER}/*_test.cpp ${CUDA_SIM_FOLDER}/*.cu
+     ${CUDA_SIM_FOLDER}/*_shim.cpp)
 add_simulated_cuda(cuda_sim_tests ${CUDA_SIM_TEST_SOURCES})
+target_link_libraries(cuda_sim_tests PRIVATE ${OPENBLAS_LIBRARY})
+set_target_properties(cuda_sim_tests PROPERTIES BUILD_RPATH "${OPENBLAS_FOLDER}")
 add_test(NAME cuda_sim COMMAND cuda_sim_tests)
