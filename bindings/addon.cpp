@@ -22,13 +22,6 @@ Napi::Value info(const Napi::CallbackInfo& call) {
                 std::to_string(version->major) + "." + std::to_string(version->minor) + "." + std::to_string(version->patch));
   libraries.Set("OpenBLAS", openblas_get_config());
 
-  auto cpu = Napi::Object::New(env);
-  cpu.Set("name", "cpu");
-  cpu.Set("usable", true);
-  cpu.Set("reason", "");
-  auto devices = Napi::Array::New(env);
-  devices.Set(0u, cpu);
-
   auto table = Napi::Array::New(env);
   uint32_t row = 0;
   for (const Initializer& initializer : initializers()) {
@@ -45,7 +38,6 @@ Napi::Value info(const Napi::CallbackInfo& call) {
   result.Set("threads", physicalCores());
   result.Set("bfloat16", hasBfloat16Products());
   result.Set("libraries", libraries);
-  result.Set("devices", devices);
   result.Set("initializations", table);
   return result;
 }
@@ -60,6 +52,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   data->modelClass = Napi::Persistent(NativeModel::define(env));
   env.SetInstanceData(data);
   exports.Set("loadModel", Napi::Function::New(env, NativeModel::load));
+  exports.Set("devices", Napi::Function::New(env, NativeModel::devices));
   exports.Set("info", Napi::Function::New(env, info));
   exports.Set("setErrorClass", Napi::Function::New(env, setErrorClass));
   return exports;

@@ -228,6 +228,28 @@ Napi::Value fromPlan(Napi::Env env, const std::optional<CollectionPlan>& found) 
   return object;
 }
 
+Napi::Value fromDevices(Napi::Env env, const DeviceReport& report) {
+  auto devices = Napi::Array::New(env, report.devices.size());
+  for (uint32_t i = 0; i < report.devices.size(); ++i) {
+    const DeviceDescription& device = report.devices[i];
+    auto object = Napi::Object::New(env);
+    object.Set("name", device.name);
+    object.Set("model", device.model);
+    object.Set("usable", device.reason.empty());
+    object.Set("reason", device.reason);
+    object.Set("memory", static_cast<double>(device.memory));
+    object.Set("computeCapability", device.computeCapability);
+    object.Set("bfloat16", device.bfloat16);
+    devices.Set(i, object);
+  }
+  auto libraries = Napi::Object::New(env);
+  for (const auto& [name, version] : report.libraries) libraries.Set(name, version);
+  auto result = Napi::Object::New(env);
+  result.Set("devices", devices);
+  result.Set("libraries", libraries);
+  return result;
+}
+
 Napi::Value fromReport(Napi::Env env, const AdapterInitializationResult& result) {
   auto modules = Napi::Array::New(env, result.modules.size());
   for (uint32_t i = 0; i < result.modules.size(); ++i) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device_plugin.h"
 #include "init/adapter_initialization.h"
 #include "model/decoder.h"
 
@@ -37,6 +38,7 @@ std::vector<AdapterFactors> toFactors(const Napi::Array& array, FactorKeys keys)
 void fromFactors(Napi::Env env, Napi::Array& target, const std::vector<AdapterFactors>& factors, FactorKeys keys);
 
 Napi::Value fromPlan(Napi::Env env, const std::optional<CollectionPlan>& plan);
+Napi::Value fromDevices(Napi::Env env, const DeviceReport& report);
 Napi::Value fromReport(Napi::Env env, const AdapterInitializationResult& result);
 
 template <class Array, class T>

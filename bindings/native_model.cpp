@@ -4,6 +4,7 @@
 
 #include "convert.h"
 #include "core/cpu_info.h"
+#include "core/device_factory.h"
 #include "core/error.h"
 #include "core/memory_info.h"
 #include "core/profiled_device.h"
@@ -61,48 +62,65 @@ Napi::Value NativeModel::queue(const Napi::CallbackInfo& info, const Napi::Value
 }
 
 template <class Work>
+Napi::Value NativeModel::onNewEngine(Napi::Env env, const Napi::Value& callback, Work work) {
+  const Napi::Object object = env.GetInstanceData<AddonData>()->modelClass.New({});
+  NativeModel* self = Unwrap(object);
+  self->state_ = std::make_unique<ModelState>(env);
+  return self->state_->submit(
+      env, object, callback,
+      [self, work = std::move(work)](ModelState& state, uint64_t call) -> ResultMaker { return work(self, state, call); });
+}
+
+template <class Work>
 Napi::Value NativeModel::queue(const Napi::CallbackInfo& info, Work work) {
   return queue(info, info.Env().Undefined(),
                [work = std::move(work)](Decoder& model, ModelState&, uint64_t) -> ResultMaker { return work(model); });
 }
 
 Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
   const auto options = info[0].As<Napi::Object>();
   DecoderSpec spec = toSpec(options.Get("spec").As<Napi::Object>());
   std::vector<TensorSource> tensors = toTensors(options.Get("tensors").As<Napi::Array>());
-  const std::string dtype = text(options, "dtype");
-  DeviceOptions device;
-  device.device = text(options, "device");
-  device.threads = static_cast<int>(integer(options, "threads"));
-  device.computeType = dtype == "bfloat16" || (dtype == "auto" && hasBfloat16Products()) ? DType::bf16 : DType::f32;
-  device.packBudget = packBudget(number(options, "packBudget"));
-  device.profile = options.Get("profile").ToBoolean();
+  DeviceOptions asked;
+  asked.device = text(options, "device");
+  asked.threads = static_cast<int>(integer(options, "threads"));
+  asked.packBudget = packBudget(number(options, "packBudget"));
+  asked.profile = options.Get("profile").ToBoolean();
 
-  const Napi::Object object = env.GetInstanceData<AddonData>()->modelClass.New({});
-  NativeModel* self = Unwrap(object);
-  self->state_ = std::make_unique<ModelState>(env);
-  return self->state_->submit(
-      env, object, info[1],
-      [self, spec = std::move(spec), tensors = std::move(tensors), device](ModelState& state, uint64_t call) -> ResultMaker {
-        state.engine.model = std::make_unique<Decoder>(spec, tensors, makeDevice(device), [&](int64_t done, int64_t total) {
+  return onNewEngine(
+      info.Env(), info[1],
+      [spec = std::move(spec), tensors = std::move(tensors), asked, dtype = text(options, "dtype")](
+          NativeModel* self, ModelState& state, uint64_t call) -> ResultMaker {
+        const DeviceChoice choice = chooseDevice(asked.device);
+        DeviceOptions options = asked;
+        options.device = choice.device;
+        options.computeType = dtype == "bfloat16" || (dtype == "auto" && choice.bfloat16) ? DType::bf16 : DType::f32;
+        state.engine.model = std::make_unique<Decoder>(spec, tensors, makeDevice(options), [&](int64_t done, int64_t total) {
           state.notify(call, [done, total](Napi::Env env) -> std::vector<napi_value> {
             return {toNumber(env, done), toNumber(env, total)};
           });
         });
-        const Decoder& model = *state.engine.model;
-        return [self, device, parameters = model.parameters(),
+        Decoder& model = *state.engine.model;
+        return [self, options, note = choice.note, name = model.device().name(), parameters = model.parameters(),
                 weightBytes = static_cast<int64_t>(model.weightBytes())](Napi::Env env) -> Napi::Value {
           auto description = Napi::Object::New(env);
-          description.Set("device", "cpu");
-          description.Set("dtype", nameOf(device.computeType));
-          description.Set("threads", device.threads > 0 ? device.threads : physicalCores());
+          description.Set("device", options.device);
+          description.Set("deviceName", name);
+          description.Set("deviceNote", note);
+          description.Set("dtype", nameOf(options.computeType));
+          description.Set("threads", options.device != "cpu" ? 0 : options.threads > 0 ? options.threads : physicalCores());
           description.Set("parameters", toNumber(env, parameters));
           description.Set("weightBytes", toNumber(env, weightBytes));
           self->info_ = Napi::Persistent(description);
           return self->Value();
         };
       });
+}
+
+Napi::Value NativeModel::devices(const Napi::CallbackInfo& info) {
+  return onNewEngine(info.Env(), info.Env().Undefined(), [](NativeModel*, ModelState&, uint64_t) -> ResultMaker {
+    return [report = describeDevices()](Napi::Env env) -> Napi::Value { return fromDevices(env, report); };
+  });
 }
 
 Napi::Value NativeModel::info(const Napi::CallbackInfo&) {
@@ -299,12 +317,14 @@ Napi::Value NativeModel::planMemory(const Napi::CallbackInfo& info) {
   const int64_t tokens = info[0].ToNumber().Int64Value(), labels = info[1].ToNumber().Int64Value();
   const int64_t maxLength = info[2].ToNumber().Int64Value();
   return queue(info, [tokens, labels, maxLength, recompute = toRecompute(info[3].ToString().Utf8Value())](Decoder& model) {
-    return [plan = model.planMemory(tokens, labels, maxLength, recompute)](Napi::Env env) -> Napi::Value {
+    return [plan = model.planMemory(tokens, labels, maxLength, recompute),
+            free = model.device().memory().free](Napi::Env env) -> Napi::Value {
       auto object = Napi::Object::New(env);
       object.Set("weights", static_cast<double>(plan.weights));
       object.Set("activations", static_cast<double>(plan.activations));
       object.Set("adapters", static_cast<double>(plan.adapters));
       object.Set("workspace", static_cast<double>(plan.workspace));
+      object.Set("free", static_cast<double>(free));
       return object;
     };
   });

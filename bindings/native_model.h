@@ -15,10 +15,15 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   static Napi::Function define(Napi::Env env);
   // loadModel(options, onProgress) -> Promise<NativeModel>
   static Napi::Value load(const Napi::CallbackInfo& info);
+  // devices() -> Promise<NativeDevices>
+  static Napi::Value devices(const Napi::CallbackInfo& info);
 
   explicit NativeModel(const Napi::CallbackInfo& info) : ObjectWrap(info) {}
 
  private:
+  // Runs work(object, state, call number) on the engine thread of a new object, which lives until then at least.
+  template <class Work>
+  static Napi::Value onNewEngine(Napi::Env env, const Napi::Value& callback, Work work);
   // Runs work(model, state, call number) on the engine thread; it returns what makes the JavaScript result.
   template <class Work>
   Napi::Value queue(const Napi::CallbackInfo& info, const Napi::Value& callback, Work work);

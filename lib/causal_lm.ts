@@ -21,11 +21,11 @@ import { Tokenizer } from './tokenizer';
 
 /** Options of {@link CausalLM.load}. */
 export interface LoadOptions {
-  /** `auto` (default), `cpu`, `cuda` or `cuda:N`. */
+  /** `auto` (default: CUDA where it can be used, else the CPU), `cpu`, `cuda` (the first GPU that can be used) or `cuda:N`. */
   device?: string;
-  /** `auto` (default: bfloat16 where the hardware multiplies it), `float32` or `bfloat16`. */
+  /** `auto` (default: bfloat16 where the device multiplies it), `float32` or `bfloat16`. */
   dtype?: Dtype | 'auto';
-  /** Threads of the engine; 0 (default): physical cores. */
+  /** Threads of the engine on the CPU; 0 (default): physical cores. Without effect on other devices. */
   threads?: number;
   signal?: AbortSignal;
   /** Called as tensors are mapped and prepared. */
@@ -136,9 +136,9 @@ export class CausalLM {
    * Loads a model folder: config.json, safetensors files and, where it has one, the tokenizer.
    *
    * @param directory        path of the folder
-   * @param options.device   `auto` (default), `cpu`, `cuda` or `cuda:N`
+   * @param options.device   `auto` (default: CUDA where it can be used, else the CPU), `cpu`, `cuda` or `cuda:N`
    * @param options.dtype    `auto` (default), `float32` or `bfloat16`
-   * @param options.threads  0 (default: physical cores) or more
+   * @param options.threads  of the engine on the CPU: 0 (default: physical cores) or more
    * @throws {LoraDaError} `FILE_NOT_FOUND`, `INVALID_CONFIG`, `UNSUPPORTED` (family), `INVALID_TENSOR`, `INVALID_FILE`,
    *   `FILE_TRUNCATED`, `DEVICE_UNAVAILABLE`, `OUT_OF_MEMORY`, `ABORTED`
    *

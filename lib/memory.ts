@@ -23,6 +23,8 @@ export interface RunEstimate {
     adapters: number;
     workspace: number;
     total: number;
+    /** What the device has free now, with weights and adapters in place; 0 where unknown. */
+    free: number;
     /** What the start takes at its peak, the model included, in bytes; null where it looks at no data. */
     initialization: CollectionPlan | null;
   };

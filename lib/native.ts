@@ -102,8 +102,14 @@ export interface NativeModelOptions {
 }
 
 export interface NativeModelInfo {
+  /** `cpu` or `cuda:N`. */
   device: string;
+  /** With the GPU's own name: `cuda:0 NVIDIA H100 80GB HBM3`. */
+  deviceName: string;
+  /** Why `auto` passed over CUDA although there is a driver for it; empty otherwise. */
+  deviceNote: string;
   dtype: Dtype;
+  /** Of the engine on the CPU; 0 on another device, where they have no part in the results. */
   threads: number;
   parameters: number;
   weightBytes: number;
@@ -252,6 +258,8 @@ export interface NativeMemoryPlan {
   activations: number;
   adapters: number;
   workspace: number;
+  /** Memory of the device that is free now, with weights and adapters in place; 0 where unknown. */
+  free: number;
 }
 
 /**
@@ -309,15 +317,39 @@ export interface NativeInfo {
   threads: number;
   bfloat16: boolean;
   libraries: Record<string, string>;
-  devices: { name: string; usable: boolean; reason: string }[];
   /** Rows of the initialization table and what each one needs. */
   initializations: { name: string; gradient: boolean; inputMoment: boolean; outputFactor: boolean }[];
+}
+
+/** A device of the machine. */
+export interface NativeDevice {
+  /** What `device` takes: `cpu`, `cuda:0`; `cuda` where there is none. */
+  name: string;
+  /** The GPU's name; empty for the CPU. */
+  model: string;
+  usable: boolean;
+  /** Why it is not usable; empty otherwise. */
+  reason: string;
+  /** Bytes in all; 0 for the CPU. */
+  memory: number;
+  /** `9.0`; empty for the CPU. */
+  computeCapability: string;
+  /** Multiplies bfloat16 matrices in hardware: what dtype `auto` goes by. */
+  bfloat16: boolean;
+}
+
+/** The machine's devices, the CPU first, and the CUDA libraries with their versions. */
+export interface NativeDevices {
+  devices: NativeDevice[];
+  libraries: Record<string, string>;
 }
 
 export interface NativeAddon {
   /** Maps, checks and prepares the weights on the engine thread. */
   loadModel(options: NativeModelOptions, onProgress: (done: number, total: number) => void): Promise<NativeModel>;
   info(): NativeInfo;
+  /** Opens the CUDA libraries where there are any, on a thread of its own. */
+  devices(): Promise<NativeDevices>;
   /** The class of the errors that promises reject with: `new (code, message)`. Set once, by {@link native}. */
   setErrorClass(errorClass: typeof LoraDaError): void;
 }

@@ -14,7 +14,7 @@ import {
 } from './initializations';
 import type { LoraAdapter } from './lora_adapter';
 import { type EvaluationMetrics, JsonLines, type StepMetrics } from './metrics';
-import type { CollectionPlan, InitializationPhase, NativeFactors, NativeStepResult } from './native';
+import type { CollectionPlan, InitializationPhase, NativeFactors, NativeModelInfo, NativeStepResult } from './native';
 import { writeReport } from './report';
 import { checkRunFolder, makeFolder, removeLeftovers, runFiles } from './run_folder';
 import { Sampler } from './sampler';
@@ -609,9 +609,14 @@ class Run {
         earlyStop: training.earlyStop ?? null,
         init: init ? factorOptions(init) : null,
       },
-      lastBits: { device: info.device, threads: info.threads },
+      lastBits: info.device === 'cpu' ? { device: 'cpu', threads: info.threads } : { device: gpuModel(info) },
     };
   }
+}
+
+/** The GPU without its place among others: two of one kind give the same bits. */
+function gpuModel({ device, deviceName }: NativeModelInfo): string {
+  return deviceName.slice(device.length).trim();
 }
 
 function isAborted(error: unknown): boolean {

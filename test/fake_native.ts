@@ -65,7 +65,15 @@ export class FakeModel implements NativeModel {
 
   constructor(readonly options: NativeModelOptions) {
     const dtype = options.dtype === 'auto' ? ('float32' as const) : options.dtype;
-    this.info = { device: 'cpu', dtype, threads: options.threads || 2, parameters: 1000, weightBytes: 4000 };
+    this.info = {
+      device: 'cpu',
+      deviceName: 'cpu',
+      deviceNote: '',
+      dtype,
+      threads: options.threads || 2,
+      parameters: 1000,
+      weightBytes: 4000,
+    };
   }
 
   #enqueue<T>(name: string, work: () => T | Promise<T>): Promise<T> {
@@ -268,7 +276,7 @@ export class FakeModel implements NativeModel {
   }
 
   async planMemory(tokens: number, labelTokens: number) {
-    return { weights: 4000, activations: tokens * 100, adapters: 1000, workspace: labelTokens * 10 };
+    return { weights: 4000, activations: tokens * 100, adapters: 1000, workspace: labelTokens * 10, free: 1e9 };
   }
 
   cancel() {
@@ -280,18 +288,28 @@ export class FakeModel implements NativeModel {
   }
 }
 
+const fakeCpu = {
+  name: 'cpu',
+  model: '',
+  usable: true,
+  reason: '',
+  memory: 0,
+  computeCapability: '',
+  bfloat16: false,
+};
+
 export const fakeAddon: NativeAddon = {
   setErrorClass: () => {},
   loadModel: async (options, onProgress) => {
     onProgress(options.tensors.length, options.tensors.length);
     return new FakeModel(options);
   },
+  devices: async () => ({ devices: [fakeCpu], libraries: {} }),
   info: () => ({
     isa: 'none',
     threads: 2,
     bfloat16: false,
     libraries: {},
-    devices: [{ name: 'cpu', usable: true, reason: '' }],
     initializations: [
       { name: 'lora-da', gradient: true, inputMoment: true, outputFactor: true },
       { name: 'kaiming', gradient: false, inputMoment: false, outputFactor: false },

@@ -27,13 +27,13 @@ type Flag = [flags: string, description: string, parser?: keyof typeof parsers];
 
 const engine: Flag[] = [
   ['--model <dir>', 'Hugging Face model folder'],
-  ['--device <name>', 'auto, cpu, cuda or cuda:N (default auto)'],
-  ['--threads <n>', 'threads of the engine (default: physical cores)', 'number'],
+  ['--device <name>', 'auto, cpu, cuda or cuda:N (default auto: CUDA where it can be used)'],
+  ['--threads <n>', 'threads of the engine on the CPU (default: physical cores)', 'number'],
 ];
 
 const model: Flag[] = [
   ...engine,
-  ['--dtype <type>', 'auto, float32 or bfloat16 (default auto: bfloat16 where the hardware multiplies it)'],
+  ['--dtype <type>', 'auto, float32 or bfloat16 (default auto: bfloat16 where the device multiplies it)'],
 ];
 
 const data: Flag[] = [

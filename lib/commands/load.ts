@@ -34,6 +34,8 @@ export async function withModel<T>(
     },
   });
   progress.end();
+  const { deviceName, deviceNote } = model.info;
+  if (deviceNote) progress.line(`Running on ${deviceName}: ${deviceNote}`);
   try {
     return await use(model);
   } finally {

@@ -135,9 +135,10 @@ function initializationOf(config: Config, data: Dataset): InitializationOptions 
 function asResolved(model: CausalLM, adapter: LoraAdapter, config: Config, initialize: InitializationOptions): object {
   const { resume: _, dryRun: __, ...rest } = config;
   const { population, outputDamping } = initialize;
-  const { dtype, threads } = model.info;
+  const { device, dtype, threads } = model.info;
   return {
     ...rest,
+    device,
     dtype,
     threads,
     ...pick(adapter, ['rank', 'alpha', 'rslora']),
@@ -242,7 +243,7 @@ async function dryRun(
   const { memory, seconds } = estimate;
   const size = (bytes: number) => `${(bytes / 2 ** 20).toFixed(0)} MiB`;
   print(
-    `Memory  ${size(memory.total)}: weights ${size(memory.weights)}, activations ${size(memory.activations)}, adapters ${size(memory.adapters)}, workspace ${size(memory.workspace)}`,
+    `Memory  ${size(memory.total)}: weights ${size(memory.weights)}, activations ${size(memory.activations)}, adapters ${size(memory.adapters)}, workspace ${size(memory.workspace)}${freeBeside(memory, size)}`,
   );
   if (memory.initialization) print(`Start   ${describePlan(memory.initialization)}`);
   print(
@@ -250,6 +251,12 @@ async function dryRun(
   );
   print(`Work    ${estimate.steps} steps over ${estimate.rows} rows, ${estimate.tokens} tokens`);
   return estimate;
+}
+
+function freeBeside({ activations, workspace, free }: RunEstimate['memory'], size: (bytes: number) => string): string {
+  if (free === 0) return '';
+  const enough = activations + workspace <= free;
+  return `; ${size(free)} free beside the model${enough ? '' : ': not enough, a smaller --batch-size or --max-length, or --recompute layer, takes less'}`;
 }
 
 function pick<T extends object, K extends keyof T>(from: T, keys: readonly K[]): Pick<T, K> {

@@ -119,51 +119,49 @@ std::vector<CudaVersion> servedVersions() {
   return served;
 }
 
-std::string joined(const std::vector<std::string>& words, const char* between) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
-  return text;
+// The linker's words on a file that does not open, with what helps where a library of CUDA is what is missing.
+std::string explained(const std::string& path, const std::string& problem) {
+  const bool toolkit = problem.find("libcu") != std::string::npos || problem.find("libnvJitLink") != std::string::npos;
+  return "cannot open " + path + ": " + problem +
+         (toolkit ? "; cuBLAS and cuSOLVER come with NVIDIA's CUDA toolkit: install it, or set CUDA_HOME to its folder or "
+                    "LD_LIBRARY_PATH to that of its libraries (PyTorch for CUDA brings them too, in site-packages/nvidia)"
+                  : "");
 }
 
-// Opens the shared object of `version` at `path`; what went wrong goes to `problems`.
-bool tryOpen(const CudaVersion& version, const std::string& path, std::vector<std::string>& problems) {
-  std::string problem;
-  if (openFile(path, problem)) return true;
-  if (openToolkit(version) && openFile(path, problem)) return true;
-  problems.push_back("cannot open " + path + ": " + problem + "; cuBLAS and cuSOLVER come with NVIDIA's CUDA toolkit " +
-                     std::to_string(version.major) +
-                     ": install it, or set CUDA_HOME to its folder or LD_LIBRARY_PATH to that of its libraries (PyTorch for CUDA "
-                     "brings them too, in site-packages/nvidia)");
-  return false;
+// Opens the shared object at `path`, built for one of `versions`; false with the reason in `problem` where that fails.
+bool tryOpen(const std::string& path, const std::vector<CudaVersion>& versions, std::string& problem) {
+  std::string words;
+  bool opened = openFile(path, words);
+  for (auto version = versions.begin(); !opened && version != versions.end(); ++version) {
+    opened = openToolkit(*version) && openFile(path, words);
+  }
+  if (!opened) problem = explained(path, words);
+  return opened;
 }
 
 // The path of the shared object that opens.
 std::string findLibrary() {
   const std::string named = environment("LORA_DA_CUDA_LIBRARY");
+  std::string problem;
   if (!named.empty()) {
-    std::string problem;
-    if (openFile(named, problem)) return named;
-    for (const CudaVersion& version : cudaVersions()) {
-      if (openToolkit(version) && openFile(named, problem)) return named;
-    }
-    unavailable("cannot open " + named + ", which LORA_DA_CUDA_LIBRARY names: " + problem);
+    if (!tryOpen(named, cudaVersions(), problem)) unavailable(problem + " (LORA_DA_CUDA_LIBRARY names it)");
+    return named;
   }
-  const std::vector<CudaVersion> versions = servedVersions();
-  std::vector<std::string> sought, problems;
+  std::string sought;
   std::error_code ignored;
-  for (const CudaVersion& version : versions) {
-    sought.push_back(version.file);
-    for (const fs::path& folder : libraryFolders()) {
+  const std::vector<fs::path> folders = libraryFolders();
+  for (const CudaVersion& version : servedVersions()) {
+    sought += (sought.empty() ? "" : " or ") + std::string(version.file);
+    for (const fs::path& folder : folders) {
       const std::string path = (folder / version.file).string();
-      if (fs::exists(path, ignored) && tryOpen(version, path, problems)) return path;
+      if (fs::exists(path, ignored) && tryOpen(path, {version}, problem)) return path;
     }
   }
-  if (!problems.empty()) unavailable(joined(problems, "; "));
-  const std::vector<fs::path> folders = libraryFolders();
-  const std::string driver = driverVersion() ? "" : "; there is no NVIDIA driver (libcuda.so.1) either";
-  unavailable("this installation has no CUDA device: " + joined(sought, " and ") + " not found in " +
+  if (!problem.empty()) unavailable(problem);
+  unavailable("this installation has no CUDA device: there is no " + sought + " in " +
               (folders.empty() ? "the add-on's folder" : folders.front().string()) +
-              "; a build on a machine with nvcc makes it, LORA_DA_CUDA_LIBRARY names one that lies elsewhere" + driver);
+              " (a build on a machine with nvcc makes it, LORA_DA_CUDA_LIBRARY names one that lies elsewhere)" +
+              (driverVersion() ? "" : ", and no NVIDIA driver (libcuda.so.1)"));
 }
 
 template <class Function>

@@ -286,6 +286,7 @@ struct DeviceOptions {
   int threads = 0;        // 0: physical cores
   size_t packBudget = 0;  // bytes that packed copies of weights may take
   bool profile = false;   // count and time every operation (core/profiled_device.h)
+  bool record = true;     // a device that records passes replays them; false: it enqueues them anew each time, to compare
 };
 
 // Makes the device asked for; throws Error(deviceUnavailable) saying why it cannot be had.

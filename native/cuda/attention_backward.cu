@@ -18,47 +18,38 @@ namespace {
 
 // Sizes that leave every accumulator in registers, and the block's shared memory within the 99 KB of the smallest GPUs.
 template <class Element, int headDim>
-struct QueryGradPlan;
+struct GradPlan;
 template <int headDim>
-struct QueryGradPlan<Bf16, headDim> {
-  using Math = Bf16Math<headDim, headDim <= 128 ? 2 : 1, 32>;
-  static constexpr int stages = headDim <= 128 ? 2 : 1;
+struct GradPlan<Bf16, headDim> {
+  using QueryMath = Bf16Math<headDim, headDim <= 128 ? 2 : 1, 32>;
+  using KeyMath = Bf16Math<headDim, headDim <= 64 ? 2 : 1, headDim <= 128 ? 32 : 16>;
+  static constexpr int queryStages = headDim <= 128 ? 2 : 1;
+  static constexpr int keyStages = 2;
+  static constexpr bool together = headDim <= 128;  // dk and dv in one kernel: two sums of more would not fit into registers
 };
 template <int headDim>
-struct QueryGradPlan<float, headDim> {
-  using Math = F32Math<headDim, headDim <= 128 ? 4 : 2, headDim <= 64 ? 32 : 16>;
-  static constexpr int stages = headDim <= 96 ? 2 : 1;
-};
-
-template <class Element, int headDim>
-struct KeyGradPlan;
-template <int headDim>
-struct KeyGradPlan<Bf16, headDim> {
-  using Math = Bf16Math<headDim, headDim <= 64 ? 2 : 1, headDim <= 128 ? 32 : 16>;
-  static constexpr int stages = 2;
-  static constexpr bool together = headDim <= 128;  // dk and dv in one kernel; else they would not fit into registers
-};
-template <int headDim>
-struct KeyGradPlan<float, headDim> {
-  using Math = F32Math<headDim, headDim <= 128 ? 4 : 2, headDim <= 64 ? 32 : 16>;
-  static constexpr int stages = headDim <= 96 ? 2 : 1;
+struct GradPlan<float, headDim> {
+  using QueryMath = F32Math<headDim, headDim <= 128 ? 4 : 2, headDim <= 64 ? 32 : 16>;
+  using KeyMath = QueryMath;
+  static constexpr int queryStages = headDim <= 96 ? 2 : 1;
+  static constexpr int keyStages = queryStages;
   static constexpr bool together = true;
 };
 
-// Two tiles that stay, and two for each stage that come and go, with two numbers for each of their rows where `statistics`.
-template <class Plan, bool statistics>
+// Two tiles that stay, and two for each stage that come and go, with two numbers for each of their rows where `statistics`; sums
+// leave as Out.
+template <class Math, int stages, bool statistics, class Out>
 struct GradShared {
-  using Math = typename Plan::Math;
   static constexpr int tileRows = attentionWarps * Math::warpRows;
   static constexpr int ownBytes = tileRows * Math::Layout::rowBytes;
   static constexpr int otherBytes = Math::columns * Math::Layout::rowBytes;
   static constexpr int statisticBytes = statistics ? Math::columns * static_cast<int>(sizeof(float)) : 0;
   static constexpr int stageBytes = 2 * otherBytes + 2 * statisticBytes;
-  static constexpr int streamBytes = std::max(Plan::stages * stageBytes, Staging<Math, float>::bytes);
+  static constexpr int streamBytes = std::max(stages * stageBytes, Staging<Math, Out>::bytes);
   static constexpr int bytes = 2 * ownBytes + streamBytes + attentionWarps * Math::exchangeBytes;
 
   unsigned char* start = sharedMemory<unsigned char>();
-  // Of the block, and of this warp.
+  // The tiles of the block, and this warp's rows of them.
   __device__ unsigned char* own(int which) const { return start + which * ownBytes; }
   __device__ unsigned char* warpOwn(int which) const { return own(which) + warp() * Math::warpRows * Math::Layout::rowBytes; }
   __device__ unsigned char* other(int which, int stage) const { return staging() + stage * stageBytes + which * otherBytes; }
@@ -102,14 +93,12 @@ __global__ void __launch_bounds__(attentionThreads)
   statistics.lse[head * statistics.stride + row] = lse[int64_t{row} * problem.heads + head] * log2OfE;
 }
 
-template <class Plan>
+template <class Math, int stages>
 __global__ void __launch_bounds__(attentionThreads, 2)
-    queryGradKernel(AttentionProblem problem, Rows<const typename Plan::Math::Element> q,
-                    Rows<const typename Plan::Math::Element> k, Rows<const typename Plan::Math::Element> v,
-                    Rows<const typename Plan::Math::Element> dout, RowStatistics statistics,
-                    Rows<typename Plan::Math::Element> dq) {
-  using Math = typename Plan::Math;
-  using Shared = GradShared<Plan, false>;
+    queryGradKernel(AttentionProblem problem, Rows<const typename Math::Element> q, Rows<const typename Math::Element> k,
+                    Rows<const typename Math::Element> v, Rows<const typename Math::Element> dout, RowStatistics statistics,
+                    Rows<typename Math::Element> dq) {
+  using Shared = GradShared<Math, stages, false, typename Math::Element>;
   const Shared shared;
   const int32_t headDim = problem.headDim, head = static_cast<int32_t>(blockIdx.y), keyHead = head / problem.group;
   const bool vectors = problem.vectors != 0;
@@ -154,7 +143,7 @@ __global__ void __launch_bounds__(attentionThreads, 2)
       if (!tiles.open(key)) hideScores<Math>(tiles, warpFirst, key, 0.0f, scores);
       Math::accumulate(scores, shared.other(0, stage), shared.exchange(), sums);
     };
-    overTiles<Plan::stages>(tiles.count(), copyTile, addTile);
+    overTiles<stages>(tiles.count(), copyTile, addTile);
     __syncthreads();
     storeSums<Math>(
         sums, shared.staging(), headGrad, warpFirst, headDim, vectors, [&](int) { return problem.scale; },
@@ -164,52 +153,24 @@ __global__ void __launch_bounds__(attentionThreads, 2)
                [&](int32_t first, int32_t last) { clearRows(headGrad, headDim, first, last); });
 }
 
-// Where a block's dk or dv goes: to the result, or, where blocks share a key head, to the block's part.
-template <class Element>
+// Where dk or dv goes: to the result, or, where blocks share a key head, to the part of each.
+template <class Out>
 struct KeyGrad {
-  Rows<Element> result;
-  float* parts;  // [parts, rows, kvHeads*headDim], or null
+  Rows<Out> rows;
+  int64_t partStride;
+
+  __device__ Rows<Out> head(int32_t keyHead, int32_t headDim) const {
+    return headRows(Rows<Out>{rows.data + blockIdx.z * partStride, rows.stride}, keyHead, headDim);
+  }
 };
 
-template <class Element>
-__device__ inline Rows<float> partRows(const KeyGrad<Element>& grad, const AttentionProblem& problem, int32_t keyHead) {
-  const int64_t width = int64_t{problem.kvHeads} * problem.headDim;
-  return headRows(Rows<float>{grad.parts + int64_t{blockIdx.z} * problem.rows * width, width}, keyHead, problem.headDim);
-}
-
-template <class Math, class Tiles>
-__device__ inline void storeKeyGrad(typename Math::Sums& sums, unsigned char* staging, const KeyGrad<typename Math::Element>& grad,
-                                    const AttentionProblem& problem, int32_t keyHead, float scale, const Tiles& tiles,
-                                    int32_t warpFirst) {
-  const auto factor = [&](int) { return scale; };
-  const auto owns = [&](int32_t row) { return tiles.ownsRow(row); };
-  const bool vectors = problem.vectors != 0;
-  if (grad.parts) {
-    storeSums<Math>(sums, staging, partRows(grad, problem, keyHead), warpFirst, problem.headDim, vectors, factor, owns);
-  } else {
-    storeSums<Math>(sums, staging, headRows(grad.result, keyHead, problem.headDim), warpFirst, problem.headDim, vectors, factor,
-                    owns);
-  }
-}
-
-template <class Element>
-__device__ inline void clearKeyGrad(const KeyGrad<Element>& grad, const AttentionProblem& problem, int32_t keyHead, int32_t from,
-                                    int32_t to) {
-  if (grad.parts)
-    clearRows(partRows(grad, problem, keyHead), problem.headDim, from, to);
-  else
-    clearRows(headRows(grad.result, keyHead, problem.headDim), problem.headDim, from, to);
-}
-
 // dk where `forKeys`, dv where `forValues`.
-template <class Plan, bool forKeys, bool forValues>
+template <class Math, int stages, bool forKeys, bool forValues, class Out>
 __global__ void __launch_bounds__(attentionThreads, 2)
-    keyGradKernel(AttentionProblem problem, Rows<const typename Plan::Math::Element> q,
-                  Rows<const typename Plan::Math::Element> k, Rows<const typename Plan::Math::Element> v,
-                  Rows<const typename Plan::Math::Element> dout, RowStatistics statistics,
-                  KeyGrad<typename Plan::Math::Element> dk, KeyGrad<typename Plan::Math::Element> dv) {
-  using Math = typename Plan::Math;
-  using Shared = GradShared<Plan, true>;
+    keyGradKernel(AttentionProblem problem, Rows<const typename Math::Element> q, Rows<const typename Math::Element> k,
+                  Rows<const typename Math::Element> v, Rows<const typename Math::Element> dout, RowStatistics statistics,
+                  KeyGrad<Out> dk, KeyGrad<Out> dv) {
+  using Shared = GradShared<Math, stages, true, Out>;
   const Shared shared;
   const int32_t headDim = problem.headDim, keyHead = static_cast<int32_t>(blockIdx.y);
   const bool vectors = problem.vectors != 0;
@@ -267,27 +228,36 @@ __global__ void __launch_bounds__(attentionThreads, 2)
       if (!open) hideScores<Math>(tiles, warpFirst, query, 0.0f, slopes);
       Math::accumulate(slopes, shared.other(0, stage), shared.exchange(), keySums);
     };
-    overTiles<Plan::stages>(tiles.count() * headCount, copyTile, addTile);
+    overTiles<stages>(tiles.count() * headCount, copyTile, addTile);
     __syncthreads();
-    if (forKeys) storeKeyGrad<Math>(keySums, shared.staging(), dk, problem, keyHead, problem.scale, tiles, warpFirst);
-    if (forValues) storeKeyGrad<Math>(valueSums, shared.staging(), dv, problem, keyHead, 1.0f, tiles, warpFirst);
+    const auto owns = [&](int32_t row) { return tiles.ownsRow(row); };
+    if (forKeys) {
+      storeSums<Math>(
+          keySums, shared.staging(), dk.head(keyHead, headDim), warpFirst, headDim, vectors, [&](int) { return problem.scale; },
+          owns);
+    }
+    if (forValues) {
+      storeSums<Math>(
+          valueSums, shared.staging(), dv.head(keyHead, headDim), warpFirst, headDim, vectors, [](int) { return 1.0f; }, owns);
+    }
   };
   overSegments(problem, from, to, differentiate, [&](int32_t first, int32_t last) {
-    if (forKeys) clearKeyGrad(dk, problem, keyHead, first, last);
-    if (forValues) clearKeyGrad(dv, problem, keyHead, first, last);
+    if (forKeys) clearRows(dk.head(keyHead, headDim), headDim, first, last);
+    if (forValues) clearRows(dv.head(keyHead, headDim), headDim, first, last);
   });
 }
 
 constexpr int sumThreads = 256;
 
-// result [rows, width] = sum of the parts.
+// result [rows, width] = sum of the parts, each contiguous.
 template <class Element>
-__global__ void __launch_bounds__(sumThreads) sumPartsKernel(KeyGrad<Element> grad, int32_t parts, int64_t rows, int64_t width) {
+__global__ void __launch_bounds__(sumThreads)
+    sumPartsKernel(const float* parts, int32_t count, int64_t rows, int64_t width, Rows<Element> result) {
   const int64_t row = blockIdx.x, column = int64_t{blockIdx.y} * sumThreads + threadIdx.x;
   if (column >= width) return;
   float sum = 0;
-  for (int32_t part = 0; part < parts; ++part) sum += grad.parts[(part * rows + row) * width + column];
-  store<1>(grad.result[row] + column, Floats<1>{{sum}});
+  for (int32_t part = 0; part < count; ++part) sum += parts[(part * rows + row) * width + column];
+  store<1>(result[row] + column, Floats<1>{{sum}});
 }
 
 // Blocks that share a key tile: a divisor of the group, so that GPUs of up to 132 multiprocessors get two blocks each.
@@ -299,60 +269,89 @@ int32_t keyGradParts(int32_t keyTiles, const AttentionProblem& problem) {
   return problem.group;
 }
 
+// The matrices as kernels take them.
+template <class Element>
+struct GradOperands {
+  AttentionProblem problem;
+  Rows<const Element> q, k, v, dout;
+  RowStatistics statistics;
+};
+
+template <class Plan, class Element, class Out>
+void launchKeyGrad(Queue& queue, const GradOperands<Element>& o, int32_t parts, const KeyGrad<Out>& dk, const KeyGrad<Out>& dv) {
+  using Math = typename Plan::KeyMath;
+  using Shared = GradShared<Math, Plan::keyStages, true, Out>;
+  const dim3 grid(static_cast<unsigned>(ceilDivide(o.problem.rows, Shared::tileRows)), static_cast<unsigned>(o.problem.kvHeads),
+                  static_cast<unsigned>(parts));
+  const auto launch = [&](auto* kernel) {
+    queue.launch("attentionGrad: keys and values", kernel, grid, dim3(attentionThreads), Shared::bytes, o.problem, o.q, o.k, o.v,
+                 o.dout, o.statistics, dk, dv);
+  };
+  if constexpr (Plan::together) {
+    launch(keyGradKernel<Math, Plan::keyStages, true, true, Out>);
+  } else {
+    launch(keyGradKernel<Math, Plan::keyStages, false, true, Out>);
+    launch(keyGradKernel<Math, Plan::keyStages, true, false, Out>);
+  }
+}
+
+// The same in parts [2, parts, rows, width] of dk and dv, which are then added.
+template <class Plan, class Element>
+void launchKeyGradInParts(Queue& queue, const GradOperands<Element>& o, int32_t parts, float* memory, const Matrix& dk,
+                          const Matrix& dv) {
+  const int64_t partFloats = dk.rows * dk.cols, allFloats = parts * partFloats;
+  launchKeyGrad<Plan>(queue, o, parts, KeyGrad<float>{{memory, dk.cols}, partFloats},
+                      KeyGrad<float>{{memory + allFloats, dk.cols}, partFloats});
+  const dim3 grid(static_cast<unsigned>(dk.rows), static_cast<unsigned>((dk.cols + sumThreads - 1) / sumThreads));
+  queue.launch("attentionGrad: parts of dk", sumPartsKernel<Element>, grid, dim3(sumThreads), 0, memory, parts, dk.rows, dk.cols,
+               rowsOf<Element>(dk));
+  queue.launch("attentionGrad: parts of dv", sumPartsKernel<Element>, grid, dim3(sumThreads), 0, memory + allFloats, parts,
+               dk.rows, dk.cols, rowsOf<Element>(dv));
+}
+
+template <class Plan, class Element>
+void launchQueryGrad(Queue& queue, const GradOperands<Element>& o, const Matrix& dq) {
+  using Math = typename Plan::QueryMath;
+  using Shared = GradShared<Math, Plan::queryStages, false, Element>;
+  const dim3 grid(static_cast<unsigned>(ceilDivide(o.problem.rows, Shared::tileRows)), static_cast<unsigned>(o.problem.heads));
+  queue.launch("attentionGrad: queries", queryGradKernel<Math, Plan::queryStages>, grid, dim3(attentionThreads), Shared::bytes,
+               o.problem, o.q, o.k, o.v, o.dout, o.statistics, rowsOf<Element>(dq));
+}
+
+template <class Element>
+void launchDelta(Queue& queue, const GradOperands<Element>& o, const Matrix& out, const float* lse) {
+  const auto kernel = o.problem.vectors ? deltaKernel<Element, fullWidth<Element>> : deltaKernel<Element, 1>;
+  const dim3 grid(static_cast<unsigned>(ceilDivide(o.problem.rows, deltaRows)), static_cast<unsigned>(o.problem.heads));
+  queue.launch("attentionGrad: delta", kernel, grid, dim3(attentionThreads), 0, o.problem, rowsOf<const Element>(out), o.dout,
+               lse, o.statistics);
+}
+
 }  // namespace
 
 void CudaDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out, const float* lse,
                                const Matrix& dout, const Sequences& sequences, const AttentionShape& shape, const Matrix& dq,
                                const Matrix& dk, const Matrix& dv) {
   requireAttentionShape(shape, q, k);
-  const AttentionProblem problem = attentionProblem(sequences, shape, q, k, v, out, dout, dq, dk, dv);
-  const auto heads = static_cast<unsigned>(shape.heads), kvHeads = static_cast<unsigned>(shape.kvHeads);
-  withAttentionPlan<KeyGradPlan>(q.dtype, shape.headDim, [&](auto keyPlan) {
-    using Plan = decltype(keyPlan);
-    using Element = typename Plan::Math::Element;
-    using Shared = GradShared<Plan, true>;
-    const int32_t tiles = ceilDivide(problem.rows, Shared::tileRows), parts = keyGradParts(tiles, problem);
-
-    const int64_t stride = (problem.rows + int64_t{3}) / 4 * 4, partFloats = parts > 1 ? parts * dk.rows * dk.cols : 0;
-    auto* memory = static_cast<float*>(scratch(static_cast<size_t>(2 * shape.heads * stride + 2 * partFloats) * sizeof(float)));
-    const RowStatistics statistics{memory, memory + shape.heads * stride, stride};
-    float* keyParts = memory + 2 * shape.heads * stride;
-    const KeyGrad<Element> keyGrad{rowsOf<Element>(dk), parts > 1 ? keyParts : nullptr};
-    const KeyGrad<Element> valueGrad{rowsOf<Element>(dv), parts > 1 ? keyParts + partFloats : nullptr};
-    const Rows<const Element> queries = rowsOf<const Element>(q), keys = rowsOf<const Element>(k),
-                              values = rowsOf<const Element>(v), gradient = rowsOf<const Element>(dout);
-
-    const auto deltas = problem.vectors ? deltaKernel<Element, fullWidth<Element>> : deltaKernel<Element, 1>;
-    queue_.launch("attentionGrad: delta", deltas, dim3(static_cast<unsigned>(ceilDivide(problem.rows, deltaRows)), heads),
-                  dim3(attentionThreads), 0, problem, rowsOf<const Element>(out), gradient, lse, statistics);
-
-    const auto launchKeyGrad = [&](auto* kernel) {
-      queue_.launch("attentionGrad: keys and values", kernel,
-                    dim3(static_cast<unsigned>(tiles), kvHeads, static_cast<unsigned>(parts)), dim3(attentionThreads),
-                    Shared::bytes, problem, queries, keys, values, gradient, statistics, keyGrad, valueGrad);
-    };
-    if constexpr (Plan::together) {
-      launchKeyGrad(keyGradKernel<Plan, true, true>);
-    } else {
-      launchKeyGrad(keyGradKernel<Plan, false, true>);
-      launchKeyGrad(keyGradKernel<Plan, true, false>);
-    }
-    if (parts > 1) {
-      const dim3 grid(static_cast<unsigned>(problem.rows), static_cast<unsigned>((dk.cols + sumThreads - 1) / sumThreads));
-      for (const KeyGrad<Element>& grad : {keyGrad, valueGrad}) {
-        queue_.launch("attentionGrad: parts", sumPartsKernel<Element>, grid, dim3(sumThreads), 0, grad, parts, dk.rows, dk.cols);
-      }
-    }
-
-    withAttentionPlan<QueryGradPlan>(q.dtype, shape.headDim, [&](auto plan) {
-      using QueryPlan = decltype(plan);
-      if constexpr (std::is_same_v<typename QueryPlan::Math::Element, Element>) {
-        using QueryShared = GradShared<QueryPlan, false>;
-        const dim3 grid(static_cast<unsigned>(ceilDivide(problem.rows, QueryShared::tileRows)), heads);
-        queue_.launch("attentionGrad: queries", queryGradKernel<QueryPlan>, grid, dim3(attentionThreads), QueryShared::bytes,
-                      problem, queries, keys, values, gradient, statistics, rowsOf<Element>(dq));
-      }
-    });
+  withAttentionPlan<GradPlan>(q.dtype, shape.headDim, [&](auto plan) {
+    using Plan = decltype(plan);
+    using Element = typename Plan::KeyMath::Element;
+    const AttentionProblem problem = attentionProblem(sequences, shape, q, k, v, out, dout, dq, dk, dv);
+    const int32_t parts = keyGradParts(ceilDivide(problem.rows, attentionWarps * Plan::KeyMath::warpRows), problem);
+    const int64_t stride = (q.rows + 3) / 4 * 4, statisticFloats = shape.heads * stride;
+    const int64_t partFloats = parts > 1 ? parts * dk.rows * dk.cols : 0;
+    auto* memory = static_cast<float*>(scratch(static_cast<size_t>(2 * statisticFloats + 2 * partFloats) * sizeof(float)));
+    const GradOperands<Element> operands{problem,
+                                         rowsOf<const Element>(q),
+                                         rowsOf<const Element>(k),
+                                         rowsOf<const Element>(v),
+                                         rowsOf<const Element>(dout),
+                                         {memory, memory + statisticFloats, stride}};
+    launchDelta(queue_, operands, out, lse);
+    if (parts > 1)
+      launchKeyGradInParts<Plan>(queue_, operands, parts, memory + 2 * statisticFloats, dk, dv);
+    else
+      launchKeyGrad<Plan>(queue_, operands, 1, KeyGrad<Element>{rowsOf<Element>(dk), 0}, KeyGrad<Element>{rowsOf<Element>(dv), 0});
+    launchQueryGrad<Plan>(queue_, operands, dq);
   });
 }
 

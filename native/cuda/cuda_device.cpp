@@ -11,6 +11,7 @@ namespace lora_da::cuda {
 CudaDevice::CudaDevice(const DeviceOptions& options)
     : name_(useDevice(options.device)),
       computeType_(options.computeType),
+      record_(options.record),
       uploads_(std::make_unique<Uploads>(queue_)),
       products_(std::make_unique<Products>(queue_)),
       dense_(std::make_unique<Dense>(queue_)) {}

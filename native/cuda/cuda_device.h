@@ -29,7 +29,7 @@ class CudaDevice : public Device {
   DType computeType() const override { return computeType_; }
   int64_t passTokens() const override { return 8192; }
   int64_t lowRankRoom() const override { return 64; }
-  void recorded(const std::function<void()>& body) override { queue_.recorded(body); }
+  void recorded(const std::function<void()>& body) override { record_ ? queue_.recorded(body) : body(); }
 
   // memory.cpp
   Buffer allocate(size_t bytes, const std::string& purpose) override;
@@ -127,6 +127,7 @@ class CudaDevice : public Device {
 
   std::string name_;
   DType computeType_;
+  bool record_;
   Queue queue_;
   Scratch scratch_;
   Scratch headScratch_;  // apart from scratch_, which the products inside of headLoss may use

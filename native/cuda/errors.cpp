@@ -1,11 +1,29 @@
 #include "cuda/errors.h"
 
+#include <cstdio>
+
 namespace lora_da::cuda {
+
+std::string gigabytes(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) / 1e9);
+  return text;
+}
+
+std::string freeMemory() {
+  size_t free = 0, total = 0;
+  cudaMemGetInfo(&free, &total);
+  return gigabytes(free) + " of " + gigabytes(total) + " are free";
+}
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  const char* errorCode = status == cudaErrorMemoryAllocation ? code::outOfMemory : code::internal;
-  throw Error(errorCode,
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it stays otherwise and is found again by the next launch
+    throw Error(code::outOfMemory,
+                std::string("CUDA has not enough memory for ") + what + ": " + freeMemory() + " on the device");
+  }
+  throw Error(code::internal,
               std::string("CUDA: ") + what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 

@@ -9,6 +9,11 @@
 
 namespace lora_da::cuda {
 
+// "1.50 GB"
+std::string gigabytes(size_t bytes);
+// "0.20 GB of 8.00 GB are free", on the calling thread's device.
+std::string freeMemory();
+
 // Throws Error(internal), or Error(outOfMemory) where that is what CUDA reports, naming `what` was being done.
 void check(cudaError_t status, const char* what);
 

@@ -1,6 +1,4 @@
 // Memory of the CUDA device, and the copies between it and the host.
-#include <cstdio>
-#include <cstring>
 #include <string>
 
 #include "cuda/cuda_device.h"
@@ -8,29 +6,20 @@
 
 namespace lora_da::cuda {
 
-namespace {
-
-std::string gigabytes(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) / 1e9);
-  return text;
-}
-
-}  // namespace
-
 Buffer CudaDevice::allocate(size_t bytes, const std::string& purpose) {
   void* memory = nullptr;
   const cudaError_t status = cudaMalloc(&memory, bytes == 0 ? 1 : bytes);
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // it stays otherwise and is found again by the next launch
-    size_t free = 0, total = 0;
-    cudaMemGetInfo(&free, &total);
     throw Error(code::outOfMemory, "cannot allocate " + gigabytes(bytes) + " on " + name_ + " for " + purpose + ": " +
-                                       gigabytes(free) + " of " + gigabytes(total) +
-                                       " are free; a smaller --batch-size or --max-length, or --recompute layer, takes less");
+                                       freeMemory() +
+                                       "; a smaller --batch-size or --max-length, or --recompute layer, takes less");
   }
   check(status, "allocating memory");
-  return Buffer(memory, [](void* p) { cudaFree(p); });
+  return Buffer(memory, [stream = queue_.stream()](void* p) {
+    cudaStreamSynchronize(stream);  // what is enqueued may still use it
+    cudaFree(p);
+  });
 }
 
 DeviceMemory CudaDevice::memory() const {

@@ -2,8 +2,8 @@
 // forward:   y = x rstd weight,  rstd = 1/sqrt(mean(x^2) + epsilon), kept for backward
 // backward:  with n = x rstd and g = dy weight: dx += rstd (g - n mean(g n))
 //
-// A row is a warp's or a block's, by its width. Four elements at a time are 16 bytes of the float32 matrices; those that are
-// needed on both sides of the sum stay in registers for rows of up to 8192.
+// A row is a warp's or a block's, by its width. Four elements at a time are 16 bytes of the float32 matrices. Rows of up to 8192
+// are read whole before the sum, so that memory is waited for once, and stay in registers.
 #include "cuda/cuda_device.h"
 #include "cuda/reduction.h"
 #include "cuda/row_grid.h"
@@ -13,7 +13,6 @@ namespace lora_da::cuda {
 
 namespace {
 
-constexpr int normThreads = 256;
 constexpr int normWidth = fullWidth<float>;
 
 // A row's members are `team` threads; each has at most `vectors` vectors of `width` elements, or any number where it is 0.
@@ -22,8 +21,9 @@ struct RowShape {
   static constexpr int width = width_;
   static constexpr int team = team_;
   static constexpr int vectors = vectors_;
-  static constexpr int rowsPerBlock = normThreads / team;
-  static constexpr size_t sharedBytes = team == warpThreads ? 0 : normThreads / warpThreads * sizeof(float);
+  static constexpr int threads = team == warpThreads ? 256 : team;
+  static constexpr int rowsPerBlock = threads / team;
+  static constexpr size_t sharedBytes = team == warpThreads ? 0 : team / warpThreads * sizeof(float);
   // What a thread keeps of one matrix's row.
   template <class T>
   using Kept = TwiceRead<T, width, (vectors > 0)>[vectors > 0 ? vectors : 1];
@@ -58,23 +58,24 @@ struct RowShape {
 // call(shape) with the narrowest shape that holds a row.
 template <class Call>
 void withRowShape(int64_t cols, bool inVectors, const Call& call) {
-  if (!inVectors) return call(RowShape<1, normThreads, 0>{});
+  if (!inVectors) return call(RowShape<1, 256, 0>{});
   if (cols <= 256) return call(RowShape<normWidth, warpThreads, 2>{});
   if (cols <= 512) return call(RowShape<normWidth, warpThreads, 4>{});
-  if (cols <= 1024) return call(RowShape<normWidth, warpThreads, 8>{});
-  if (cols <= 2048) return call(RowShape<normWidth, normThreads, 2>{});
-  if (cols <= 4096) return call(RowShape<normWidth, normThreads, 4>{});
-  if (cols <= 8192) return call(RowShape<normWidth, normThreads, 8>{});
-  return call(RowShape<normWidth, normThreads, 0>{});
+  if (cols <= 1024) return call(RowShape<normWidth, 128, 2>{});
+  if (cols <= 2048) return call(RowShape<normWidth, 256, 2>{});
+  if (cols <= 4096) return call(RowShape<normWidth, 256, 4>{});
+  if (cols <= 8192) return call(RowShape<normWidth, 512, 4>{});
+  return call(RowShape<normWidth, 512, 0>{});
 }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(normThreads) rmsNormKernel(Rows<const float> x, const float* weight, float epsilon, Rows<T> y,
-                                                             float* rstd, Rows<T> kept, int64_t rows, int64_t cols) {
+__global__ void __launch_bounds__(Shape::threads)
+    rmsNormKernel(Rows<const float> x, const float* weight, float epsilon, Rows<T> y, float* rstd, Rows<T> kept, int64_t rows,
+                  int64_t cols) {
   constexpr int width = Shape::width;
   const int64_t row = Shape::row();
   if (row >= rows) return;
-  typename Shape::template Kept<float> input;
+  typename Shape::template Kept<const float> input;
   float squares = 0;
   Shape::overRow(cols, [&](int64_t column, int i) {
     const Floats<width> v = input[i].first(x[row] + column);
@@ -92,29 +93,31 @@ __global__ void __launch_bounds__(normThreads) rmsNormKernel(Rows<const float> x
 }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(normThreads)
+__global__ void __launch_bounds__(Shape::threads)
     rmsNormGradKernel(Rows<const T> x, const float* rstd, const float* weight, Rows<const float> dy, Rows<float> dx,
                       Rows<T> rounded, int64_t rows, int64_t cols) {
   constexpr int width = Shape::width;
   const int64_t row = Shape::row();
   if (row >= rows) return;
-  typename Shape::template Kept<T> input;
-  typename Shape::template Kept<float> gradient;
+  typename Shape::template Kept<const T> input;
+  typename Shape::template Kept<const float> gradient;
+  typename Shape::template Kept<float> total;
   float products = 0;
   Shape::overRow(cols, [&](int64_t column, int i) {
     const Floats<width> v = input[i].first(x[row] + column), d = gradient[i].first(dy[row] + column);
     const Floats<width> w = load<width>(weight + column);
     for (int e = 0; e < width; ++e) products += v.at[e] * (d.at[e] * w.at[e]);
+    total[i].first(dx[row] + column);
   });
   const float scale = rstd[row];
   const float slope = Shape::sum(products) / static_cast<float>(cols) * scale * scale;
   Shape::overRow(cols, [&](int64_t column, int i) {
     const Floats<width> v = input[i].again(x[row] + column), d = gradient[i].again(dy[row] + column);
     const Floats<width> w = load<width>(weight + column);
-    Floats<width> total = load<width>(dx[row] + column);
-    for (int e = 0; e < width; ++e) total.at[e] += scale * (d.at[e] * w.at[e] - slope * v.at[e]);
-    store<width>(dx[row] + column, total);
-    if (rounded.data) store<width>(rounded[row] + column, total);
+    Floats<width> sum = total[i].again(dx[row] + column);
+    for (int e = 0; e < width; ++e) sum.at[e] += scale * (d.at[e] * w.at[e] - slope * v.at[e]);
+    store<width>(dx[row] + column, sum);
+    if (rounded.data) store<width>(rounded[row] + column, sum);
   });
 }
 
@@ -139,7 +142,7 @@ void CudaDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, co
     using T = decltype(element);
     withRowShape(x.cols, inVectors, [&](auto shape) {
       using Shape = decltype(shape);
-      queue_.launch("rmsNorm", rmsNormKernel<T, Shape>, Shape::blocks(x.rows), normThreads, Shape::sharedBytes,
+      queue_.launch("rmsNorm", rmsNormKernel<T, Shape>, Shape::blocks(x.rows), Shape::threads, Shape::sharedBytes,
                     rowsOf<const float>(x), weight, epsilon, rowsOf<T>(y), rstd, rowsOf<T>(kept), x.rows, x.cols);
     });
   });
@@ -164,7 +167,7 @@ void CudaDevice::rmsNormGrad(const Matrix& x, const float* rstd, const float* we
     using T = decltype(element);
     withRowShape(x.cols, inVectors, [&](auto shape) {
       using Shape = decltype(shape);
-      queue_.launch("rmsNormGrad", rmsNormGradKernel<T, Shape>, Shape::blocks(x.rows), normThreads, Shape::sharedBytes,
+      queue_.launch("rmsNormGrad", rmsNormGradKernel<T, Shape>, Shape::blocks(x.rows), Shape::threads, Shape::sharedBytes,
                     rowsOf<const T>(x), rstd, weight, rowsOf<const float>(dy), rowsOf<float>(dx), rowsOf<T>(rounded), x.rows,
                     x.cols);
     });

@@ -82,7 +82,7 @@ class Angles {
  private:
   const float* cosRow_;
   const float* sinRow_;
-  TwiceRead<float, width, oneVector<width>> cos_, sin_;
+  TwiceRead<const float, width, oneVector<width>> cos_, sin_;
 };
 
 template <int width>
@@ -100,17 +100,21 @@ __device__ inline Floats<width> scaled(Floats<width> a, float scale, const Float
   return a;
 }
 
+// What is read in place is not const.
+template <class T, bool normed>
+using RopeInput = std::conditional_t<normed, const T, T>;
+
 template <class T, int width, bool normed>
 __global__ void __launch_bounds__(ropeThreads)
-    ropeKernel(Rows<const T> in, Heads heads, const int32_t* positions, Rows<T> out, float* rstd, int64_t rows) {
+    ropeKernel(Rows<RopeInput<T, normed>> in, Heads heads, const int32_t* positions, Rows<T> out, float* rstd, int64_t rows) {
   const Team team;
   if (team.row >= rows) return;
   const Angles<width> angles(heads, team, positions[team.row]);
   const int pairs = heads.pairs, turned = 2 * heads.pairs;
   for (int head = static_cast<int>(threadIdx.y); head < heads.count; head += static_cast<int>(blockDim.y)) {
-    const T* x = in[team.row] + int64_t{head} * heads.dim;
+    auto* x = in[team.row] + int64_t{head} * heads.dim;
     T* y = out[team.row] + int64_t{head} * heads.dim;
-    TwiceRead<T, width, oneVector<width>> a, b, rest;
+    TwiceRead<RopeInput<T, normed>, width, oneVector<width>> a, b, rest;
     float scale = 1;
     if constexpr (normed) {
       float squares = 0;
@@ -169,7 +173,8 @@ __global__ void __launch_bounds__(ropeThreads)
     T* dy = d[team.row] + int64_t{head} * heads.dim;
     const T* x = in[team.row] + int64_t{head} * heads.dim;
     const auto weighted = [&](const Floats<width>& v, int i) { return scaled(v, 1.0f, load<width>(heads.weight + i)); };
-    TwiceRead<T, width, oneVector<width>> dyA, dyB, dyRest, xA, xB, xRest;
+    TwiceRead<T, width, oneVector<width>> dyA, dyB, dyRest;
+    TwiceRead<const T, width, oneVector<width>> xA, xB, xRest;
     float products = 0;
     overElements<width>(team, 0, pairs, [&](int i) {
       Floats<width> a = dyA.first(dy + i), b = dyB.first(dy + i + pairs);
@@ -234,10 +239,13 @@ void CudaDevice::rope(const Matrix& in, int32_t heads, int32_t headDim, const He
     constexpr int wide = fullWidth<T>;
     const bool inVectors = splitsInVectors(shape, wide) && readsInVectors(in, wide) && readsInVectors(out, wide);
     const RowGrid shared = teamGrid(shape, inVectors ? wide : 1, in.rows);
-    const auto kernel = norm.weight ? (inVectors ? ropeKernel<T, wide, true> : ropeKernel<T, 1, true>)
-                                    : (inVectors ? ropeKernel<T, wide, false> : ropeKernel<T, 1, false>);
-    queue_.launch("rope", kernel, shared.grid, shared.block, 0, rowsOf<const T>(in), shape, positions, rowsOf<T>(out), rstd,
-                  in.rows);
+    if (norm.weight) {
+      queue_.launch("rope", inVectors ? ropeKernel<T, wide, true> : ropeKernel<T, 1, true>, shared.grid, shared.block, 0,
+                    rowsOf<const T>(in), shape, positions, rowsOf<T>(out), rstd, in.rows);
+    } else {
+      queue_.launch("rope", inVectors ? ropeKernel<T, wide, false> : ropeKernel<T, 1, false>, shared.grid, shared.block, 0,
+                    rowsOf<T>(in), shape, positions, rowsOf<T>(out), rstd, in.rows);
+    }
   });
 }
 

@@ -1,6 +1,4 @@
 // Rows moved by index, cut and converted: embed, gatherRows, scatterAddRows, keepColumns, convert.
-#include <initializer_list>
-
 #include "cuda/cuda_device.h"
 #include "cuda/cuda_weight.h"
 #include "cuda/row_grid.h"
@@ -29,7 +27,7 @@ __global__ void __launch_bounds__(rowBlockThreads)
     copyRowsKernel(Rows<const Word> x, const int32_t* index, Rows<Word> y, int64_t rows, int64_t words) {
   overMatrix<1>(rows, words, [&](int64_t row, int64_t word) {
     const int64_t source = index ? index[row] : row;
-    y[row][word] = source < 0 ? Word{} : x[source][word];
+    y[row][word] = source < 0 ? Word{} : __ldg(x[source] + word);
   });
 }
 

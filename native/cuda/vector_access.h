@@ -91,12 +91,16 @@ struct Floats {
   float at[width];
 };
 
+// A pointer to const promises that no thread of the kernel writes there, so that reads may pass earlier writes.
 template <int width, class T>
 __device__ inline Packed<std::remove_const_t<T>, width> loadPacked(T* from) {
   using Result = Packed<std::remove_const_t<T>, width>;
   Result packed;
 #pragma unroll
-  for (int i = 0; i < Result::count; ++i) packed.words[i] = reinterpret_cast<const typename Result::Word*>(from)[i];
+  for (int i = 0; i < Result::count; ++i) {
+    const auto* word = reinterpret_cast<const typename Result::Word*>(from) + i;
+    packed.words[i] = std::is_const_v<T> ? __ldg(word) : *word;
+  }
   return packed;
 }
 
@@ -142,32 +146,34 @@ __device__ inline Packed<Bf16, width> pack(const Floats<width>& values, Bf16) {
   return packed;
 }
 
+// Past the nearest cache: what a kernel writes is read by another one. (The compiler splits some plain 16-byte writes.)
 template <int width, class T>
 __device__ inline void store(T* to, const Floats<width>& values) {
   const Packed<T, width> packed = pack<width>(values, T{});
 #pragma unroll
-  for (int i = 0; i < Packed<T, width>::count; ++i) reinterpret_cast<typename Packed<T, width>::Word*>(to)[i] = packed.words[i];
+  for (int i = 0; i < Packed<T, width>::count; ++i)
+    __stcg(reinterpret_cast<typename Packed<T, width>::Word*>(to) + i, packed.words[i]);
 }
 
 // Elements that a thread reads twice, before and after a reduction: with `inRegisters` they are kept in between, as they lie in
-// memory; else the caches serve the second time.
+// memory; else the caches serve the second time. T may be const, as for load.
 template <class T, int width, bool inRegisters>
 class TwiceRead {
  public:
-  __device__ Floats<width> first(const T* from) {
+  __device__ Floats<width> first(T* from) {
     kept_ = loadPacked<width>(from);
     return unpack<width>(kept_);
   }
-  __device__ Floats<width> again(const T*) const { return unpack<width>(kept_); }
+  __device__ Floats<width> again(T*) const { return unpack<width>(kept_); }
 
  private:
-  Packed<T, width> kept_;
+  Packed<std::remove_const_t<T>, width> kept_;
 };
 template <class T, int width>
 class TwiceRead<T, width, false> {
  public:
-  __device__ Floats<width> first(const T* from) { return load<width>(from); }
-  __device__ Floats<width> again(const T* from) const { return load<width>(from); }
+  __device__ Floats<width> first(T* from) { return load<width>(from); }
+  __device__ Floats<width> again(T* from) const { return load<width>(from); }
 };
 
 }  // namespace lora_da::cuda

@@ -276,7 +276,8 @@ void GuardedDevice::zero(void* device, size_t bytes) {
 }
 
 void GuardedDevice::copy(void* to, const void* from, size_t bytes) {
-  enqueue("copy", &Device::copy, array(to, static_cast<int64_t>(bytes)), array(from, static_cast<int64_t>(bytes)), bytes);
+  const auto count = static_cast<int64_t>(bytes);
+  enqueue("copy", &Device::copy, array(to, count), array(from, count), bytes);
 }
 
 std::unique_ptr<Weight> GuardedDevice::prepare(const std::vector<HostTensor>& parts, WeightUses uses) {
@@ -411,6 +412,27 @@ void GuardedDevice::choleskyInverse(double* a, int64_t n) {
 
 void GuardedDevice::mirrorLower(double* a, int64_t n) {
   enqueue("mirrorLower", &Device::mirrorLower, array(a, n * n), n);
+}
+
+void GuardedDevice::scale(const Matrix& x, double factor) {
+  enqueue("scale", &Device::scale, x, factor);
+}
+
+void GuardedDevice::blend(double* a, double alpha, const double* b, double beta, int64_t count) {
+  enqueue("blend", &Device::blend, array(a, count), alpha, array(b, count), beta, count);
+}
+
+void GuardedDevice::addToDiagonal(double* a, int64_t n, double value) {
+  enqueue("addToDiagonal", &Device::addToDiagonal, array(a, n * n), n, value);
+}
+
+void GuardedDevice::scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) {
+  enqueue("scaledTranspose", &Device::scaledTranspose, array(x, rows * cols), rows, cols, array(scale, rows),
+          array(y, cols * rows));
+}
+
+int64_t GuardedDevice::countNonFinite(const Matrix& x) {
+  return device_->countNonFinite(outsideOfRecording("countNonFinite")(x).value);
 }
 
 void GuardedDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) {

@@ -41,6 +41,7 @@ class GuardedDevice : public Device {
   void zero(void* device, size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override;
+  void copy(void* to, const void* from, size_t bytes) override;
   size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override {
     return device_->workspaceBytes(labelRows, vocabulary);
   }
@@ -96,6 +97,11 @@ class GuardedDevice : public Device {
   void concurrently(int64_t, int64_t items, const std::function<void(int64_t, int)>& body) override {
     for (int64_t item = 0; item < items; ++item) body(item, 0);
   }
+  void scale(const Matrix& x, double factor) override;
+  void blend(double* a, double alpha, const double* b, double beta, int64_t count) override;
+  void addToDiagonal(double* a, int64_t n, double value) override;
+  void scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) override;
+  int64_t countNonFinite(const Matrix& x) override;
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) override;
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) override;
   void scale(const Matrix& x, double factor) override;

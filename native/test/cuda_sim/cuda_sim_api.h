@@ -33,6 +33,7 @@ void resetForTest();
 // Which queued work a synchronization runs. lazy: only what it must, so that a result which nobody waits for is never there;
 // random: streams interleave until what was waited for is done, so that work may also come earlier than hoped.
 enum class Interleaving { lazy, random };
+// CUDA_SIM_INTERLEAVING=random chooses the second at the start.
 void setInterleaving(Interleaving interleaving);
 // What the order of threads, blocks and streams follows from; CUDA_SIM_SEED at the start.
 void setSeed(uint64_t seed);

@@ -20,6 +20,8 @@ Settings settingsFromEnvironment() {
   Settings result;
   result.devices = static_cast<int>(numberFromEnvironment("CUDA_SIM_DEVICES", 1));
   result.memory = numberFromEnvironment("CUDA_SIM_MEMORY", result.memory);
+  const char* interleaving = std::getenv("CUDA_SIM_INTERLEAVING");
+  if (interleaving && std::strcmp(interleaving, "random") == 0) result.interleaving = Interleaving::random;
   result.driverError = static_cast<cudaError_t>(numberFromEnvironment("CUDA_SIM_DRIVER_ERROR", cudaSuccess));
   return result;
 }
@@ -101,11 +103,11 @@ uint64_t seed() {
 
 void resetForTest() {
   const std::lock_guard<std::recursive_mutex> lock(mutex());
+  state() = State();  // first: the others begin with its settings
   releaseAllStreams();
   releaseAllGraphs();
   releaseAllMemory();
   clearFunctionAttributes();
-  state() = State();
   lastError = cudaSuccess;
   device = 0;
 }

@@ -13,7 +13,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__)
+#if !defined(CUDA_SIM_UCONTEXT)
 // Saves what a callee must keep on the old stack and takes it from the new one.
 asm(R"(
 .text
@@ -72,7 +72,7 @@ void prepareFiber(Fiber& fiber, void (*entry)(), unsigned index) {
   fiber.fakeStack = nullptr;
   // All stacks are alike: with equal tops their hot lines would fall into the same few sets of the cache.
   const size_t offset = size_t{index % 16} * 448;
-#if defined(__x86_64__)
+#if !defined(CUDA_SIM_UCONTEXT)
   auto** top = reinterpret_cast<void**>(fiber.stack + fiber.stackBytes - offset - 64);
   *--top = nullptr;  // where a return address would be, so that the stack is aligned as after a call
   *--top = reinterpret_cast<void*>(entry);
@@ -107,7 +107,7 @@ void switchFiber(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.fakeStack, to.stack, to.stackBytes);
 #endif
-#if defined(__x86_64__)
+#if !defined(CUDA_SIM_UCONTEXT)
   cuda_sim_switch(&from.stackPointer, to.stackPointer);
 #else
   swapcontext(&from.context, &to.context);

@@ -3,17 +3,20 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(CUDA_SIM_UCONTEXT)
+#define CUDA_SIM_UCONTEXT
+#endif
+#if defined(CUDA_SIM_UCONTEXT)
 #include <ucontext.h>
 #endif
 
 namespace cuda_sim {
 
 struct Fiber {
-#if defined(__x86_64__)
-  void* stackPointer = nullptr;
-#else
+#if defined(CUDA_SIM_UCONTEXT)
   ucontext_t context;
+#else
+  void* stackPointer = nullptr;
 #endif
   unsigned char* stack = nullptr;  // lowest address; below it a page that faults
   size_t stackBytes = 0;

@@ -112,6 +112,7 @@ cudaError_t invalidateCapture(CUstream_st* stream, cudaError_t error) {
 }
 
 cudaError_t refuseInCapture() {
+  const std::lock_guard<std::recursive_mutex> lock(mutex());
   cudaError_t error = cudaSuccess;
   for (CUstream_st* stream : capturingStreams()) {
     if (forbids(*stream->capture)) error = invalidateCapture(stream, cudaErrorStreamCaptureUnsupported);

@@ -18,7 +18,10 @@ namespace cuda_sim {
 
 // Each test begins with nothing queued, allocated or reported.
 struct Fresh {
-  Fresh() { resetForTest(); }
+  Fresh() {
+    resetForTest();
+    setInterleaving(Interleaving::lazy);
+  }
   ~Fresh() { resetForTest(); }
 };
 
@@ -66,7 +69,7 @@ inline void checkReported(cudaError_t error, const std::string& part) {
 // Whether something goes wrong with every one of a number of seeds.
 inline bool wrongWithEverySeed(const std::function<bool()>& right) {
   for (uint64_t each = 1; each <= 20; ++each) {
-    resetForTest();
+    const Fresh fresh;
     setSeed(each);
     if (right()) return false;
   }

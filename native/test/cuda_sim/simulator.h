@@ -34,6 +34,7 @@ struct Settings {
   int devices = 1;
   size_t memory = size_t{8} << 30;  // of one device
   cudaError_t driverError = cudaSuccess;
+  Interleaving interleaving = Interleaving::lazy;
 };
 const Settings& settings();
 int currentDevice();

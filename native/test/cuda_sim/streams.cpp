@@ -18,7 +18,7 @@ struct Streams {
   std::map<int, std::unique_ptr<CUstream_st>> legacy;  // by device
   std::vector<std::unique_ptr<CUstream_st>> made;
   std::set<std::unique_ptr<CUevent_st>> events;
-  Interleaving interleaving = Interleaving::lazy;
+  Interleaving interleaving = settings().interleaving;
 };
 
 Streams& streams() {
@@ -346,6 +346,11 @@ cudaError_t cudaDeviceSynchronize() {
   }
   finishAll(targets);
   return remember(blocked());
+}
+
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  if (!function) return remember(cudaErrorInvalidValue);
+  return enqueue(stream, "host function", [function, data] { function(data); });
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* result, unsigned int flags) {
