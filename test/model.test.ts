@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { test } from 'node:test';
 import { openCheckpoint } from '../lib/checkpoint';
 import { type Dtype, native } from '../lib/native';
+import { testDevice } from './support/device';
 import { batchOf, type Row } from './support/reference';
 
 interface Expected {
@@ -17,7 +18,7 @@ const expected = JSON.parse(readFileSync(join(__dirname, 'fixtures/model/tiny-ll
 
 async function load(dtype: Dtype, packBudget = -1) {
   const { spec, tensors } = await openCheckpoint(join(__dirname, 'fixtures/tiny-llama'));
-  return native().loadModel({ spec, tensors, dtype, device: 'cpu', threads: 2, packBudget }, () => {});
+  return native().loadModel({ spec, tensors, dtype, device: testDevice, threads: 2, packBudget }, () => {});
 }
 
 for (const [name, dtype, packBudget, tolerance] of [

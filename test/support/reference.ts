@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { openCheckpoint } from '../../lib/checkpoint';
 import { type DecoderSpec, type NativeBatch, type NativeModel, native } from '../../lib/native';
+import { testDevice } from './device';
 
 /** Beside the checkout, where there is one. LORA_DA_REFERENCE names another folder of the same layout. */
 export const referenceRoot = process.env.LORA_DA_REFERENCE ?? join(__dirname, '../../../shared/reference');
@@ -92,7 +93,7 @@ export function allModules(spec: DecoderSpec): string[] {
 export async function loadReference(directory: string, expectedDirectory = directory): Promise<Reference> {
   const { spec, tensors } = await openCheckpoint(directory);
   const model = await native().loadModel(
-    { spec, tensors, dtype: 'float32', device: 'cpu', threads: 2, packBudget: -1 },
+    { spec, tensors, dtype: 'float32', device: testDevice, threads: 2, packBudget: -1 },
     () => {},
   );
   const text = (name: string) => readFileSync(join(expectedDirectory, name), 'utf8');
