@@ -14,7 +14,7 @@ CudaDevice::CudaDevice(const DeviceOptions& options)
       record_(options.record),
       uploads_(std::make_unique<Uploads>(queue_)),
       products_(std::make_unique<Products>(queue_)),
-      dense_(std::make_unique<Dense>(queue_)) {}
+      dense_(std::make_unique<Dense>(queue_, [this](size_t bytes) { return scratch(bytes); })) {}
 
 CudaDevice::~CudaDevice() = default;
 

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Shape::threads)
 }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::threads)
+__global__ void __launch_bounds__(Shape::threads, 1024 / Shape::threads)
     rmsNormGradKernel(Rows<const T> x, const float* rstd, const float* weight, Rows<const float> dy, Rows<float> dx,
                       Rows<T> rounded, int64_t rows, int64_t cols) {
   constexpr int width = Shape::width;

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(ropeThreads) ropeGradKernel(Rows<T> d, Heads h
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(ropeThreads)
+__global__ void __launch_bounds__(ropeThreads, 3)
     ropeNormGradKernel(Rows<T> d, Rows<const T> in, Heads heads, const int32_t* positions, const float* rstd, int64_t rows) {
   const Team team;
   if (team.row >= rows) return;

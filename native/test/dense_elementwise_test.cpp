@@ -1,5 +1,4 @@
-// Elementwise passes over the initializations' matrices, and products with one column. Arrays of the device are touched through
-// upload and download alone.
+// Elementwise passes over the initializations' matrices, and products with one column.
 #include <doctest/doctest.h>
 
 #include <limits>
@@ -16,25 +15,24 @@ namespace {
 template <class T>
 class OnDevice {
  public:
-  OnDevice(Device& device, const std::vector<T>& values, size_t offset = 0)
-      : device_(device), count_(values.size()), offset_(offset), buffer_(device.allocate((count_ + offset) * sizeof(T), "test")) {
-    device.upload(get(), values.data(), count_ * sizeof(T));
-  }
-  T* get() const { return static_cast<T*>(buffer_.get()) + offset_; }
+  OnDevice(Device& device, std::vector<T> values, size_t offset = 0) : offset_(offset), memory_(device, padded(values, offset)) {}
+  T* get() const { return memory_.data() + offset_; }
   Matrix view(int64_t rows, int64_t cols) const {
     return {get(), std::is_same_v<T, float> ? DType::f32 : DType::f64, rows, cols, cols};
   }
   std::vector<T> read() const {
-    std::vector<T> values(count_);
-    device_.download(values.data(), get(), count_ * sizeof(T));
-    device_.synchronize();
-    return values;
+    const std::vector<T>& values = memory_.host();
+    return {values.begin() + static_cast<int64_t>(offset_), values.end()};
   }
 
  private:
-  Device& device_;
-  size_t count_, offset_;
-  Buffer buffer_;
+  static std::vector<T> padded(std::vector<T> values, size_t offset) {
+    values.insert(values.begin(), offset, T(0));
+    return values;
+  }
+
+  size_t offset_;
+  DeviceVector<T> memory_;
 };
 
 template <class T>
@@ -90,8 +88,8 @@ void checkCount(Device& device, std::mt19937_64& random) {
 
 }  // namespace
 
-TEST_CASE("copies are whole, and of nothing nothing") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("copies are whole, and of nothing nothing") {
+  const auto device = tested.make(DType::f32);
   std::mt19937_64 random(freshSeed());
   const std::vector<double> values = randomValues<double>(1031, random);
   const OnDevice<double> from(*device, values), to(*device, undefined(1031));
@@ -101,8 +99,8 @@ TEST_CASE("copies are whole, and of nothing nothing") {
   CHECK(to.read() == values);
 }
 
-TEST_CASE("scaling multiplies in float64 and rounds once") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("scaling multiplies in float64 and rounds once") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -110,8 +108,8 @@ TEST_CASE("scaling multiplies in float64 and rounds once") {
   checkScale<double>(*device, random);
 }
 
-TEST_CASE("a blend is the weighted sum of both arrays") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a blend is the weighted sum of both arrays") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -133,8 +131,8 @@ TEST_CASE("a blend is the weighted sum of both arrays") {
   }
 }
 
-TEST_CASE("a value is added to the diagonal and nowhere else") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a value is added to the diagonal and nowhere else") {
+  const auto device = tested.make(DType::f32);
   std::mt19937_64 random(freshSeed());
   for (const int64_t n : {1, 7, 300}) {
     std::vector<double> expected = randomValues<double>(n * n, random);
@@ -145,8 +143,8 @@ TEST_CASE("a value is added to the diagonal and nowhere else") {
   }
 }
 
-TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -169,8 +167,8 @@ TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
   }
 }
 
-TEST_CASE("infinities and what is not a number are counted") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("infinities and what is not a number are counted") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
@@ -178,8 +176,8 @@ TEST_CASE("infinities and what is not a number are counted") {
   checkCount<double>(*device, random);
 }
 
-TEST_CASE("a float64 product with one column overwrites or adds, for any strides") {
-  const auto device = cpuDevice(DType::f32);
+DEVICE_TEST_CASE("a float64 product with one column overwrites or adds, for any strides") {
+  const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);

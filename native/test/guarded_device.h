@@ -39,8 +39,8 @@ class GuardedDevice : public Device {
   void upload(void* device, const void* host, size_t bytes) override;
   void download(void* host, const void* device, size_t bytes) override;
   void zero(void* device, size_t bytes) override;
-  void synchronize() override;
   void copy(void* to, const void* from, size_t bytes) override;
+  void synchronize() override;
   size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override {
     return device_->workspaceBytes(labelRows, vocabulary);
   }

@@ -72,11 +72,8 @@ struct Engine {
   }
   Result runShared(const char* name, const Statistics& s, int64_t rank, const InitializationOptions& options,
                    const std::string& module) {
-    const size_t bytes = s.gradient.size() * sizeof(float);
-    const Buffer gradient = device->allocate(bytes, "gradient");
-    device->upload(gradient.get(), s.gradient.data(), bytes);
-    InitializationInput input{
-        module, s.out, s.in, rank, static_cast<const float*>(gradient.get()), &moment, s.outputFactor.data(), options};
+    const DeviceVector<float> gradient(*device, s.gradient);
+    InitializationInput input{module, s.out, s.in, rank, gradient.data(), &moment, s.outputFactor.data(), options};
     Result result;
     findInitializer(name).initialize(input, workspace, result.factors, result.report);
     return result;

@@ -74,23 +74,26 @@ inline uint64_t freshSeed() {
 
 // An array on the device, and its values on the host. data() is for the operations of a device, which may write there: the next
 // host() fetches what they left. edit() is for the host, which may write: the next data() uploads it. Take pointers anew for each
-// operation.
+// operation. `offset` elements before it make it as badly aligned as a part of a larger array may be.
 template <class T>
 class DeviceVector {
  public:
-  DeviceVector(Device& device, std::vector<T> values)
-      : device_(device), host_(std::move(values)), memory_(device.allocate(host_.size() * sizeof(T), "test")) {}
+  DeviceVector(Device& device, std::vector<T> values, size_t offset = 0)
+      : device_(device),
+        host_(std::move(values)),
+        offset_(offset),
+        memory_(device.allocate((host_.size() + offset) * sizeof(T), "test")) {}
   DeviceVector(Device& device, size_t count, T value = T()) : DeviceVector(device, std::vector<T>(count, value)) {}
   DeviceVector(Device& device, std::initializer_list<T> values) : DeviceVector(device, std::vector<T>(values)) {}
 
   T* data() const {
-    if (newer_ == Side::host) device_.upload(memory_.get(), host_.data(), host_.size() * sizeof(T));
+    if (newer_ == Side::host) device_.upload(memory(), host_.data(), host_.size() * sizeof(T));
     newer_ = Side::device;
-    return static_cast<T*>(memory_.get());
+    return memory();
   }
   const std::vector<T>& host() const {
     if (newer_ == Side::device) {
-      device_.download(host_.data(), memory_.get(), host_.size() * sizeof(T));
+      device_.download(host_.data(), memory(), host_.size() * sizeof(T));
       device_.synchronize();
       newer_ = Side::neither;
     }
@@ -107,8 +110,11 @@ class DeviceVector {
  private:
   enum class Side { host, device, neither };
 
+  T* memory() const { return static_cast<T*>(memory_.get()) + offset_; }
+
   Device& device_;
   mutable std::vector<T> host_;
+  size_t offset_;
   mutable Side newer_ = Side::host;
   Buffer memory_;
 };

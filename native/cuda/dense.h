@@ -1,0 +1,77 @@
+// Dense float64 algebra on cuBLAS and cuSOLVER, enqueued on the device's stream. Both are column-major: they see a row-major
+// array as its transpose, so that our lower triangle is their upper one, which all routines here read and write; the rows of an
+// array of vectors are their columns. The libraries start with their first use: training alone needs neither.
+#pragma once
+
+#include <cublas_v2.h>
+#include <cusolverDn.h>
+
+#include <functional>
+
+#include "core/device.h"
+#include "cuda/queue.h"
+
+namespace lora_da::cuda {
+
+// A column-major matrix in device memory.
+struct Columns {
+  double* data = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t leading = 0;
+
+  Columns range(int64_t first, int64_t count) const { return {data + first * leading, rows, count, leading}; }
+};
+
+class Dense {
+ public:
+  // `scratch(bytes)` gives device memory that is valid until its next call.
+  Dense(Queue& queue, std::function<void*(size_t)> scratch);
+  ~Dense();
+  Dense(const Dense&) = delete;
+
+  // z [width, width] += x^T x for row-major x [rows, width], in the lower triangle.
+  void addSquare(const double* x, int64_t rows, int64_t width, const Matrix& z);
+
+  // The operations of core/device.h.
+  int64_t choleskyFactor(double* a, int64_t n);
+  void choleskySolve(const double* factor, int64_t n, double* b, int64_t m);
+  void choleskyInverse(double* a, int64_t n);
+  void mirrorLower(double* a, int64_t n);
+  void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c);
+  void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors);
+
+  // --- what the eigensolver is made of (lowest_eigenpairs.cu); `workspace` as sized below, in device memory
+  // c = alpha op(a) b + beta c
+  void multiply(cublasOperation_t operation, const Columns& a, const Columns& b, double alpha, double beta, const Columns& c);
+  // a += alpha x x^T
+  void addOuter(const Columns& x, double alpha, const Columns& a);
+  size_t factorBytes(double* a, int64_t n);
+  size_t inverseBytes(double* a, int64_t n);
+  size_t eigenBytes(const Columns& a, double* values);
+  // A host answer, as choleskyFactor's.
+  int64_t factor(double* a, int64_t n, void* workspace, size_t bytes);
+  void invert(double* a, int64_t n, void* workspace, size_t bytes);
+  // All pairs of a: values [n] ascending, the vectors replace a.
+  void eigenpairs(const Columns& a, double* values, void* workspace, size_t bytes);
+  Queue& queue() { return queue_; }
+
+ private:
+  cublasHandle_t blas();
+  cusolverDnHandle_t solver();
+  int readInfo();
+  void eigenpairRange(double* a, int64_t n, int64_t count, double* values, double* vectors);
+
+  // Recommended for sm_90 and later. Given explicitly, since a capture must not allocate.
+  static constexpr size_t blasWorkspaceBytes = size_t{32} << 20;
+
+  Queue& queue_;
+  std::function<void*(size_t)> scratch_;
+  cublasHandle_t blas_ = nullptr;
+  void* blasWorkspace_ = nullptr;
+  cusolverDnHandle_t solver_ = nullptr;
+  cusolverDnParams_t parameters_ = nullptr;
+  int* info_ = nullptr;  // of the last cuSOLVER routine, device memory
+};
+
+}  // namespace lora_da::cuda

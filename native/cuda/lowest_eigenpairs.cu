@@ -1,0 +1,380 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cuda/lowest_eigenpairs.h"
+
+namespace lora_da::cuda {
+
+namespace {
+
+constexpr int threads = 256;
+constexpr double epsilon = std::numeric_limits<double>::epsilon();
+constexpr double unknown = std::numeric_limits<double>::infinity();
+
+// Of |A|. The residual that the iteration carries along is held to the first, the true one to the second.
+constexpr double tolerance = 2e-14, trueTolerance = 4e-14;
+constexpr double orthogonality = 1e-12;
+
+constexpr int mostSteps = 100;
+constexpr int firstSteps = 3;  // on A alone, which show where its spectrum begins
+constexpr int mostInversions = 16;
+constexpr int stepsBetweenInversions = 3;
+// A new shift is worth an inversion when it brings the last wanted pair so many times nearer.
+constexpr double worthwhile = 3;
+// The shift stays below the lowest wanted Ritz value by this part of the wanted range, and by this multiple of the estimated
+// error; after a failure the distance grows.
+constexpr double rangeMargin = 0.1, errorMargin = 4, marginGrowth = 8;
+constexpr int mostTries = 4;
+
+// splitmix64's finalizer (Steele, Lea & Flood 2014): a start that is the same for every search, in (-1, 1).
+__global__ void __launch_bounds__(threads) startKernel(double* x, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  if (i >= count) return;
+  uint64_t bits = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u;
+  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
+  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
+  bits ^= bits >> 31;
+  x[i] = (static_cast<double>(bits >> 11) + 0.5) * 0x1.0p-52 - 1.0;
+}
+
+// Column j of r [n, columns] -= values[j] * column j of v; both contiguous.
+__global__ void __launch_bounds__(threads) residualKernel(double* r, const double* v, const double* values, int64_t n) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  if (row >= n) return;
+  const int64_t i = blockIdx.y * n + row;
+  r[i] -= values[blockIdx.y] * v[i];
+}
+
+// The diagonal of a [n, n] -= shift.
+__global__ void __launch_bounds__(threads) shiftKernel(double* a, int64_t n, double shift) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  if (i < n) a[i * n + i] -= shift;
+}
+
+unsigned blocksFor(int64_t count) {
+  return static_cast<unsigned>((count + threads - 1) / threads);
+}
+
+int64_t roundUp(int64_t value, int64_t grain) {
+  return (value + grain - 1) / grain * grain;
+}
+
+// From the Gram matrix [count, count] of some columns a combination [count, rank] of them that is orthonormal, as well as the
+// Gram matrix tells: a Cholesky factorization with pivoting of the columns scaled to length 1. Columns that are combinations of
+// others to five digits are left out.
+struct Combination {
+  int64_t rank = 0;
+  std::vector<double> weights;  // column-major
+};
+
+Combination orthonormalCombination(const std::vector<double>& gram, int64_t count) {
+  constexpr double smallestPivot = 1e-10;
+  const auto at = [count](int64_t row, int64_t col) { return static_cast<size_t>(col * count + row); };
+  std::vector<double> scale(static_cast<size_t>(count)), factor(gram.size(), 0.0), pivots(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const double square = gram[at(i, i)];
+    scale[i] = square > 0 && std::isfinite(square) ? 1 / std::sqrt(square) : 0;
+    pivots[i] = scale[i] > 0 ? 1 : 0;
+  }
+  std::vector<int64_t> order;
+  while (static_cast<int64_t>(order.size()) < count) {
+    const auto found = std::max_element(pivots.begin(), pivots.end());
+    if (!(*found > smallestPivot)) break;
+    const int64_t pivot = found - pivots.begin(), step = static_cast<int64_t>(order.size());
+    const double root = std::sqrt(*found);
+    factor[at(pivot, step)] = root;
+    *found = 0;
+    order.push_back(pivot);
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(pivots[i] > 0)) continue;
+      double value = gram[at(i, pivot)] * scale[i] * scale[pivot];
+      for (int64_t k = 0; k < step; ++k) value -= factor[at(i, k)] * factor[at(pivot, k)];
+      factor[at(i, step)] = value / root;
+      pivots[i] -= value / root * (value / root);
+    }
+  }
+
+  // Columns of the inverse of the transposed factor, each row scaled back and put where its column of the block is.
+  Combination result;
+  result.rank = static_cast<int64_t>(order.size());
+  result.weights.assign(static_cast<size_t>(count * result.rank), 0.0);
+  for (int64_t col = 0; col < result.rank; ++col) {
+    std::vector<double> x(static_cast<size_t>(result.rank), 0.0);
+    x[col] = 1 / factor[at(order[col], col)];
+    for (int64_t row = col - 1; row >= 0; --row) {
+      double sum = 0;
+      for (int64_t k = row + 1; k <= col; ++k) sum += factor[at(order[k], row)] * x[k];
+      x[row] = -sum / factor[at(order[row], row)];
+    }
+    for (int64_t row = 0; row <= col; ++row) result.weights[at(order[row], col)] = x[row] * scale[order[row]];
+  }
+  return result;
+}
+
+}  // namespace
+
+LowestEigenpairs::LowestEigenpairs(Dense& dense, double* a, int64_t n, int64_t count)
+    : dense_(dense),
+      queue_(dense.queue()),
+      a_{a, n, n, n},
+      n_(n),
+      count_(count),
+      width_(roundUp(count + std::max<int64_t>(8, count / 2), 8)),
+      most_(4 * width_),
+      errors_(static_cast<size_t>(width_), unknown) {}
+
+// --- memory --------------------------------------------------------------------------------------------------------
+
+// Gives each array its place after `memory`; null to learn only how much there is to place.
+void LowestEigenpairs::layOut(char* memory) {
+  constexpr size_t alignment = 256;
+  size_t used = 0;
+  const auto take = [&](size_t bytes) {
+    char* place = memory + used;
+    used += (bytes + alignment - 1) / alignment * alignment;
+    return place;
+  };
+  const auto columns = [&](int64_t rows, int64_t cols) {
+    auto* data = reinterpret_cast<double*>(take(static_cast<size_t>(rows * cols) * sizeof(double)));
+    return Columns{data, rows, cols, rows};
+  };
+  inverse_ = columns(n_, n_);
+  space_ = columns(n_, most_);
+  product_ = columns(n_, most_);
+  vectors_ = columns(n_, width_);
+  residuals_ = columns(n_, width_);
+  block_ = columns(n_, 2 * width_);
+  other_ = columns(n_, 2 * width_);
+  projection_ = columns(most_, most_);
+  preceding_ = columns(most_, width_);
+  kept_ = columns(most_, 2 * width_);
+  smallBlock_ = columns(most_, width_);
+  smallOther_ = columns(most_, width_);
+  values_ = columns(most_, 1).data;
+  coefficients_ = columns(most_, width_).data;
+  gram_ = columns(width_, width_).data;
+  combination_ = columns(width_, width_).data;
+  workspace_ = take(workspaceBytes_);
+  total_ = used;
+}
+
+size_t LowestEigenpairs::bytes() {
+  workspaceBytes_ = std::max(dense_.factorBytes(a_.data, n_), dense_.inverseBytes(a_.data, n_));
+  for (int64_t size = width_; size <= most_; ++size) {  // nothing says that the workspace grows with the order
+    workspaceBytes_ = std::max(workspaceBytes_, dense_.eigenBytes({a_.data, size, size, size}, a_.data));
+  }
+  layOut(nullptr);
+  return total_;
+}
+
+std::vector<double> LowestEigenpairs::read(const double* from, int64_t count) {
+  std::vector<double> host(static_cast<size_t>(count));
+  check(cudaMemcpyAsync(host.data(), from, host.size() * sizeof(double), cudaMemcpyDeviceToHost, queue_.stream()),
+        "reading eigenvalues back");
+  queue_.synchronize();
+  return host;
+}
+
+// x^T y, column-major, on the host.
+std::vector<double> LowestEigenpairs::gram(const Columns& x, const Columns& y) {
+  dense_.multiply(CUBLAS_OP_T, x, y, 1, 0, {gram_, x.cols, y.cols, x.cols});
+  return read(gram_, x.cols * y.cols);
+}
+
+// --- the iteration -------------------------------------------------------------------------------------------------
+
+// Makes `block` orthonormal and orthogonal to `basis`, and appends it; returns how many columns that added. Both buffers are
+// overwritten. Once through leaves errors of the rounding times the square of the block's condition, twice of the rounding; the
+// third is for what was nearly within the basis.
+int64_t LowestEigenpairs::orthonormalize(const Columns& basis, Columns block, Columns other) {
+  constexpr int rounds = 3;
+  for (int round = 0; round < rounds; ++round) {
+    if (basis.cols > 0) {
+      const Columns overlap{coefficients_, basis.cols, block.cols, basis.cols};
+      dense_.multiply(CUBLAS_OP_T, basis, block, 1, 0, overlap);
+      dense_.multiply(CUBLAS_OP_N, basis, overlap, -1, 1, block);
+    }
+    const Combination combination = orthonormalCombination(gram(block, block), block.cols);
+    if (combination.rank == 0) return 0;
+    const Columns weights{combination_, block.cols, combination.rank, block.cols};
+    check(cudaMemcpyAsync(weights.data, combination.weights.data(), combination.weights.size() * sizeof(double),
+                          cudaMemcpyHostToDevice, queue_.stream()),
+          "sending weights");
+    const bool last = round == rounds - 1;
+    Columns target = last ? Columns{basis.data + basis.cols * basis.leading, basis.rows, 0, basis.leading} : other;
+    target.cols = combination.rank;
+    dense_.multiply(CUBLAS_OP_N, block, weights, 1, 0, target);
+    other = block;
+    block = target;
+  }
+  return block.cols;
+}
+
+void LowestEigenpairs::start() {
+  queue_.launch("lowestEigenpairs", startKernel, dim3(blocksFor(n_ * width_)), dim3(threads), 0, block_.data, n_ * width_);
+  size_ = orthonormalize(space_.range(0, 0), block_.range(0, width_), other_);
+  dense_.multiply(CUBLAS_OP_N, a_, space_.range(0, size_), 1, 0, product_.range(0, size_));
+}
+
+// Subtracts values times vectors from `product`, A times vectors, and measures what is left.
+std::vector<double> LowestEigenpairs::residualNorms(const Columns& product, int64_t count) {
+  queue_.launch("lowestEigenpairs", residualKernel, dim3(blocksFor(n_), static_cast<unsigned>(count)), dim3(threads), 0,
+                product.data, vectors_.data, values_, n_);
+  const std::vector<double> squares = gram(product.range(0, count), product.range(0, count));
+  std::vector<double> norms;
+  for (int64_t i = 0; i < count; ++i) norms.push_back(std::sqrt(squares[static_cast<size_t>(i * count + i)]));
+  return norms;
+}
+
+// Rayleigh and Ritz: the lowest eigenpairs of Q^T A Q, their vectors in the whole space and their residuals.
+void LowestEigenpairs::project(Ritz& ritz) {
+  const Columns q = space_.range(0, size_), aq = product_.range(0, size_);
+  projection_ = {projection_.data, size_, size_, size_};
+  dense_.multiply(CUBLAS_OP_T, q, aq, 1, 0, projection_);
+  dense_.eigenpairs(projection_, values_, workspace_, workspaceBytes_);
+  ritz.values = read(values_, size_);
+  norm_ = std::max({norm_, std::abs(ritz.values.front()), std::abs(ritz.values.back())});
+  const Columns lowest = projection_.range(0, width_);
+  dense_.multiply(CUBLAS_OP_N, q, lowest, 1, 0, vectors_);
+  dense_.multiply(CUBLAS_OP_N, aq, lowest, 1, 0, residuals_);
+  ritz.residuals = residualNorms(residuals_, width_);
+}
+
+// Whether the wanted pairs hold with A itself; A Q, from which rounding errors grow, is made anew where they do not.
+bool LowestEigenpairs::confirm() {
+  dense_.multiply(CUBLAS_OP_N, a_, vectors_.range(0, count_), 1, 0, block_.range(0, count_));
+  const std::vector<double> norms = residualNorms(block_, count_);
+  if (std::all_of(norms.begin(), norms.end(), [&](double norm) { return norm <= trueTolerance * norm_; })) return true;
+  dense_.multiply(CUBLAS_OP_N, a_, space_.range(0, size_), 1, 0, product_.range(0, size_));
+  return false;
+}
+
+// Q becomes the present Ritz vectors and what the preceding ones have beside them.
+void LowestEigenpairs::shrink() {
+  const Columns lowest = projection_.range(0, width_);
+  const size_t bytes = static_cast<size_t>(size_ * width_) * sizeof(double);
+  Columns kept{kept_.data, size_, width_, size_};
+  queue_.copy(kept.data, lowest.data, bytes);
+  if (hasPreceding_) {
+    Columns before{smallBlock_.data, size_, width_, size_}, other{smallOther_.data, size_, width_, size_};
+    check(cudaMemcpy2DAsync(before.data, static_cast<size_t>(size_) * sizeof(double), preceding_.data,
+                            static_cast<size_t>(most_) * sizeof(double), static_cast<size_t>(size_) * sizeof(double),
+                            static_cast<size_t>(width_), cudaMemcpyDeviceToDevice, queue_.stream()),
+          "copying vectors");
+    kept.cols += orthonormalize(kept, before, other);
+  }
+  for (const Columns& columns : {space_, product_}) {
+    const Columns result = block_.range(0, kept.cols);
+    dense_.multiply(CUBLAS_OP_N, columns.range(0, size_), kept, 1, 0, result);
+    queue_.copy(columns.data, result.data, static_cast<size_t>(n_ * kept.cols) * sizeof(double));
+  }
+  size_ = kept.cols;
+}
+
+// The present Ritz vectors in the space as it is before its next columns: zeros follow for those. After a shrink they are its
+// first columns.
+void LowestEigenpairs::rememberVectors(bool shrunk) {
+  const size_t elements = static_cast<size_t>(most_ * width_), pitch = static_cast<size_t>(most_) * sizeof(double);
+  queue_.fill(preceding_.data, 0, elements * sizeof(double));
+  const size_t rowBytes = static_cast<size_t>(size_) * sizeof(double);
+  if (shrunk) {
+    std::vector<double> identity(elements, 0.0);
+    for (int64_t i = 0; i < width_; ++i) identity[static_cast<size_t>(i * most_ + i)] = 1;
+    check(cudaMemcpyAsync(preceding_.data, identity.data(), elements * sizeof(double), cudaMemcpyHostToDevice, queue_.stream()),
+          "sending vectors");
+  } else {
+    check(cudaMemcpy2DAsync(preceding_.data, pitch, projection_.data, rowBytes, rowBytes, static_cast<size_t>(width_),
+                            cudaMemcpyDeviceToDevice, queue_.stream()),
+          "copying vectors");
+  }
+  hasPreceding_ = true;
+}
+
+void LowestEigenpairs::formShifted(const Columns& moved, double shift) {
+  queue_.copy(inverse_.data, a_.data, static_cast<size_t>(n_ * n_) * sizeof(double));
+  if (moved.cols > 0) dense_.addOuter(moved, 2 * norm_, inverse_);
+  queue_.launch("lowestEigenpairs", shiftKernel, dim3(blocksFor(n_)), dim3(threads), 0, inverse_.data, n_, shift);
+}
+
+bool LowestEigenpairs::invertShifted(double shift, int64_t first) {
+  formShifted(vectors_.range(0, first), shift);
+  ++inversions_;
+  lastInversion_ = steps_;
+  inverted_ = dense_.factor(inverse_.data, n_, workspace_, workspaceBytes_) == 0;
+  if (inverted_) {
+    dense_.invert(inverse_.data, n_, workspace_, workspaceBytes_);
+    shift_ = shift;
+  }
+  return inverted_;
+}
+
+// `first`: the lowest pair that has not converged.
+void LowestEigenpairs::moveShift(const Ritz& ritz, int64_t first) {
+  if (steps_ <= firstSteps || (inverted_ && steps_ - lastInversion_ < stepsBetweenInversions)) return;
+  const double lowest = ritz.values[first], last = ritz.values[count_ - 1];
+  const double error = std::min(ritz.residuals[first], errorMargin * errors_[first]);
+  double margin = std::max({error, rangeMargin * (last - lowest), 16 * static_cast<double>(n_) * epsilon * norm_});
+  if (inverted_ && !(last - shift_ > worthwhile * (last - lowest + margin))) return;
+  for (int tries = 0; tries < mostTries && inversions_ < mostInversions; ++tries, margin *= marginGrowth) {
+    if (invertShifted(lowest - margin, first)) return;
+  }
+}
+
+// Adds the preconditioned residuals of the pairs from `first` on to the space.
+bool LowestEigenpairs::expand(int64_t first) {
+  const int64_t count = width_ - first;
+  const Columns residuals = residuals_.range(first, count);
+  Columns block = block_.range(0, count);
+  std::fill(errors_.begin(), errors_.end(), unknown);
+  if (inverted_) {
+    dense_.multiply(CUBLAS_OP_N, inverse_, residuals, 1, 0, block);
+    // A Ritz vector's error is about the inverse times its residual, and the error of its value their product.
+    const std::vector<double> products = gram(residuals, block);
+    for (int64_t i = 0; i < count; ++i) errors_[first + i] = std::abs(products[static_cast<size_t>(i * count + i)]);
+  } else {
+    queue_.copy(block.data, residuals.data, static_cast<size_t>(n_ * count) * sizeof(double));
+  }
+  const int64_t added = orthonormalize(space_.range(0, size_), block, other_);
+  dense_.multiply(CUBLAS_OP_N, a_, space_.range(size_, added), 1, 0, product_.range(size_, added));
+  size_ += added;
+  return added > 0;
+}
+
+bool LowestEigenpairs::nothingMissed(const Ritz& ritz) {
+  const Columns wanted = vectors_.range(0, count_);
+  const std::vector<double> products = gram(wanted, wanted);
+  for (int64_t i = 0; i < count_ * count_; ++i) {
+    const double expected = i % (count_ + 1) == 0 ? 1 : 0;
+    if (!(std::abs(products[static_cast<size_t>(i)] - expected) <= orthogonality)) return false;
+  }
+  formShifted(wanted, ritz.values[count_ - 1] - static_cast<double>(n_) * epsilon * norm_);
+  return dense_.factor(inverse_.data, n_, workspace_, workspaceBytes_) == 0;
+}
+
+bool LowestEigenpairs::find(void* memory, double* values, double* vectors) {
+  layOut(static_cast<char*>(memory));
+  start();
+  Ritz ritz;
+  for (steps_ = 1; steps_ <= mostSteps && size_ >= width_; ++steps_) {
+    project(ritz);
+    const auto converged = [&](double residual) { return residual <= tolerance * norm_; };
+    const auto wanted = ritz.residuals.begin() + count_;
+    const auto lowest = std::find_if_not(ritz.residuals.begin(), wanted, converged);
+    if (lowest == wanted && confirm()) {
+      if (!nothingMissed(ritz)) return false;
+      queue_.copy(values, values_, static_cast<size_t>(count_) * sizeof(double));
+      queue_.copy(vectors, vectors_.data, static_cast<size_t>(count_ * n_) * sizeof(double));
+      return true;
+    }
+    const int64_t first = std::min<int64_t>(lowest - ritz.residuals.begin(), count_ - 1);
+    moveShift(ritz, first);
+    const bool full = size_ + width_ > most_;
+    if (full) shrink();
+    rememberVectors(full);
+    if (!expand(first)) return false;
+  }
+  return false;
+}
+
+}  // namespace lora_da::cuda

@@ -1,0 +1,90 @@
+// The few lowest eigenpairs of a large symmetric matrix, without reducing all of it: a block Davidson iteration (Crouzeix,
+// Philippe & Sadkane 1994) whose preconditioner is a true inverse, (A + c V V^T - shift I)^-1. The shift lies just below the
+// lowest eigenvalue that is still wanted, the pairs found before it, V, are moved out of the way: so the matrix is positive
+// definite, a Cholesky factor makes the inverse, and its failure tells that the shift was too high. As pairs converge the shift
+// follows, which takes spectra that grow over many orders of magnitude a few inversions.
+//
+// The search space is kept orthonormal in full. When it is full it shrinks to the present and the preceding Ritz vectors (as
+// much as a conjugate gradient iteration keeps; Stathopoulos & Saad 1998).
+//
+// The answer is certified, or there is none:
+// - each pair has a true residual |A v - theta v| of at most 4e-14 |A|, and the vectors are orthonormal to 1e-12, so that there
+//   are `count` eigenvalues within that residual of the thetas;
+// - none was missed below: A + c V V^T - s I with s = theta_count - n epsilon |A| has a Cholesky factor. If A had count + 1
+//   eigenvalues below s, their eigenvectors would span a vector x orthogonal to all of V, with x^T A x < s x^T x, and the matrix
+//   were not positive definite.
+#pragma once
+
+#include <vector>
+
+#include "cuda/dense.h"
+
+namespace lora_da::cuda {
+
+class LowestEigenpairs {
+ public:
+  // Below this order, and for more pairs than a small part of them, reducing the matrix costs less.
+  static bool suits(int64_t n, int64_t count) { return n >= 1024 && count <= n / 16; }
+
+  // `a` [n, n] is read only.
+  LowestEigenpairs(Dense& dense, double* a, int64_t n, int64_t count);
+
+  size_t bytes();  // of device memory that find works in
+  // False where no certified answer was found; values [count] and vectors [count, n], a row each, are undefined then.
+  bool find(void* memory, double* values, double* vectors);
+
+  // What the search took, for tests and for tuning.
+  int steps() const { return steps_; }
+  int inversions() const { return inversions_; }
+
+ private:
+  struct Ritz {
+    std::vector<double> values;     // of the whole space, ascending
+    std::vector<double> residuals;  // of the first `width_` pairs
+  };
+
+  void layOut(char* memory);
+  void start();
+  void project(Ritz& ritz);
+  std::vector<double> residualNorms(const Columns& product, int64_t count);
+  bool confirm();
+  void shrink();
+  void rememberVectors(bool shrunk);
+  void moveShift(const Ritz& ritz, int64_t first);
+  bool invertShifted(double shift, int64_t first);
+  bool expand(int64_t first);
+  bool nothingMissed(const Ritz& ritz);
+
+  void formShifted(const Columns& moved, double shift);
+  int64_t orthonormalize(const Columns& basis, Columns block, Columns other);
+  std::vector<double> read(const double* from, int64_t count);
+  std::vector<double> gram(const Columns& x, const Columns& y);
+
+  Dense& dense_;
+  Queue& queue_;
+  const Columns a_;
+  const int64_t n_, count_;
+  const int64_t width_;  // Ritz pairs that the search works on: the wanted ones and some that help them
+  const int64_t most_;   // vectors that the space holds at most
+
+  Columns inverse_;                  // [n, n]
+  Columns space_, product_;          // Q, A Q [n, size_]
+  Columns vectors_, residuals_;      // [n, width_]
+  Columns block_, other_;            // [n, 2 width_]
+  Columns projection_;               // [most_, most_]: Q^T A Q, then its eigenvectors S
+  Columns preceding_;                // [most_, width_]: the preceding Ritz vectors in the present space
+  Columns kept_;                     // [most_, 2 width_]: what shrink keeps
+  Columns smallBlock_, smallOther_;  // [most_, width_]
+  double *values_ = nullptr, *coefficients_ = nullptr, *gram_ = nullptr, *combination_ = nullptr;
+  void* workspace_ = nullptr;
+  size_t workspaceBytes_ = 0, total_ = 0;
+
+  int64_t size_ = 0;
+  bool hasPreceding_ = false, inverted_ = false;
+  double norm_ = 0;             // |A|, from below
+  double shift_ = 0;            // of inverse_
+  std::vector<double> errors_;  // estimates of how far each Ritz value is above its eigenvalue; infinite where unknown
+  int steps_ = 0, inversions_ = 0, lastInversion_ = 0;
+};
+
+}  // namespace lora_da::cuda
