@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a folder that nvcc compiles and links with (CUDA 13.0: compiler, headers, cuBLAS, cuSOLVER) out of the wheels that NVIDIA publishes on PyPI, for
-# machines where no CUDA toolkit is installed. 1.3 GB; nothing happens where the folder is complete.
+# machines where no CUDA toolkit is installed. 1.3 GB; nothing happens where the folder is complete. There are no such wheels of CUDA 12's nvcc: for
+# liblora_da_cuda12.so build where NVIDIA's own toolkit 12 is installed.
 #
 #   scripts/cuda-toolkit.sh [FOLDER]      default: .cuda/13, where the build looks for it
 set -euo pipefail
