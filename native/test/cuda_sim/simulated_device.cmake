@@ -1,4 +1,7 @@
 # The CUDA device on the simulator, as a shared object like the real one, and the native tests on it. LORA_DA_CUDA_LIBRARY names it.
+# Its cuBLAS and cuSOLVER are OpenBLAS, which a build without the CPU device has not looked for.
+find_library(OPENBLAS_LIBRARY openblas PATH_SUFFIXES openblas-openmp REQUIRED)
+get_filename_component(OPENBLAS_FOLDER ${OPENBLAS_LIBRARY} DIRECTORY)
 file(GLOB SIMULATED_LIBRARIES CONFIGURE_DEPENDS ${CUDA_SIM_FOLDER}/*_shim.cpp)
 add_library(lora_da_cuda_sim SHARED)
 add_simulated_cuda(lora_da_cuda_sim ${CUDA_SOURCES} ${SIMULATED_LIBRARIES})
