@@ -3,10 +3,11 @@
 //   P = exp(scale q k^T - lse),  dv = P^T dout,  delta = rowsum(dout o),  dS = P (dout v^T - delta),  dq = scale dS k,
 //   dk = scale dS^T q
 //
-// First delta and lse, as a power of two, are laid out by head. Then blocks with a tile of keys of one key head go over the queries
-// of its group's heads and sum dk and dv; blocks with a tile of queries go over their keys and sum dq. So every sum has one owner
-// and a fixed order. Where there are fewer key tiles than a GPU holds blocks, the heads of a group are dealt out to several blocks,
-// whose parts, float32 in scratch memory, are added afterwards. Scores of key tiles are transposed: a warp's rows are keys.
+// First delta and lse, as a power of two, are laid out by head. Then blocks with a tile of keys of one key head go over the
+// queries of its group's heads and sum dk and dv; blocks with a tile of queries go over their keys and sum dq. So every sum has
+// one owner and a fixed order. Where there are fewer key tiles than a GPU holds blocks, the heads of a group are dealt out to
+// several blocks, whose parts, float32 in scratch memory, are added afterwards. Scores of key tiles are transposed: a warp's rows
+// are keys.
 #include <algorithm>
 
 #include "cuda/attention_tiles.h"
@@ -21,8 +22,8 @@ template <class Element, int headDim>
 struct GradPlan;
 template <int headDim>
 struct GradPlan<Bf16, headDim> {
-  using QueryMath = Bf16Math<headDim, headDim <= 128 ? 2 : 1, 32>;
-  using KeyMath = Bf16Math<headDim, headDim <= 64 ? 2 : 1, headDim <= 128 ? 32 : 16>;
+  using QueryMath = Bf16Math<headDim, headDim <= 128 ? 2 : 1, headDim == 128 ? 16 : 32>;
+  using KeyMath = Bf16Math<headDim, headDim <= 64 ? 2 : 1, headDim == 64 || headDim == 256 ? 16 : 32>;
   static constexpr int queryStages = headDim <= 128 ? 2 : 1;
   static constexpr int keyStages = 2;
   static constexpr bool together = headDim <= 128;  // dk and dv in one kernel: two sums of more would not fit into registers
@@ -30,7 +31,7 @@ struct GradPlan<Bf16, headDim> {
 template <int headDim>
 struct GradPlan<float, headDim> {
   using QueryMath = F32Math<headDim, headDim <= 128 ? 4 : 2, headDim <= 64 ? 32 : 16>;
-  using KeyMath = QueryMath;
+  using KeyMath = F32Math<headDim, headDim <= 96 ? 4 : 2, headDim <= 64 ? 32 : 16>;
   static constexpr int queryStages = headDim <= 96 ? 2 : 1;
   static constexpr int keyStages = queryStages;
   static constexpr bool together = true;
@@ -62,7 +63,7 @@ struct GradShared {
 
 // By head, so that neighbouring rows lie side by side: [heads, stride].
 struct RowStatistics {
-  float* lse;    // times log2(e)
+  float* lse;  // times log2(e)
   float* delta;
   int64_t stride;  // a multiple of four, at least the number of rows
 };
@@ -137,20 +138,18 @@ __global__ void __launch_bounds__(attentionThreads, 2)
       for (int r = 0; r < Math::threadRows; ++r) {
 #pragma unroll
         for (int c = 0; c < Math::threadColumns; ++c) {
-          scores.at(r, c) = exp2f(scores.at(r, c) * scale - lse[r]) * (slopes.at(r, c) - delta[r]);
+          scores.at(r, c) = exp2Flushed(scores.at(r, c) * scale - lse[r]) * (slopes.at(r, c) - delta[r]);
         }
       }
       if (!tiles.open(key)) hideScores<Math>(tiles, warpFirst, key, 0.0f, scores);
       Math::accumulate(scores, shared.other(0, stage), shared.exchange(), sums);
     };
     overTiles<stages>(tiles.count(), copyTile, addTile);
-    __syncthreads();
     storeSums<Math>(
         sums, shared.staging(), headGrad, warpFirst, headDim, vectors, [&](int) { return problem.scale; },
         [&](int32_t row) { return tiles.ownsRow(row); });
   };
-  overSegments(problem, from, to, differentiate,
-               [&](int32_t first, int32_t last) { clearRows(headGrad, headDim, first, last); });
+  overSegments(problem, from, to, differentiate, [&](int32_t first, int32_t last) { clearRows(headGrad, headDim, first, last); });
 }
 
 // Where dk or dv goes: to the result, or, where blocks share a key head, to the part of each.
@@ -212,7 +211,7 @@ __global__ void __launch_bounds__(attentionThreads, 2)
       for (int c = 0; c < Math::threadColumns; ++c) {
         const float lse = shared.statistic(0, stage)[Math::column(c)];
 #pragma unroll
-        for (int r = 0; r < Math::threadRows; ++r) scores.at(r, c) = exp2f(scores.at(r, c) * scale - lse);
+        for (int r = 0; r < Math::threadRows; ++r) scores.at(r, c) = exp2Flushed(scores.at(r, c) * scale - lse);
       }
       if (!open) hideScores<Math>(tiles, warpFirst, query, 0.0f, scores);
       if (forValues) Math::accumulate(scores, shared.other(1, stage), shared.exchange(), valueSums);
@@ -229,7 +228,6 @@ __global__ void __launch_bounds__(attentionThreads, 2)
       Math::accumulate(slopes, shared.other(0, stage), shared.exchange(), keySums);
     };
     overTiles<stages>(tiles.count() * headCount, copyTile, addTile);
-    __syncthreads();
     const auto owns = [&](int32_t row) { return tiles.ownsRow(row); };
     if (forKeys) {
       storeSums<Math>(
@@ -350,7 +348,8 @@ void CudaDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v
     if (parts > 1)
       launchKeyGradInParts<Plan>(queue_, operands, parts, memory + 2 * statisticFloats, dk, dv);
     else
-      launchKeyGrad<Plan>(queue_, operands, 1, KeyGrad<Element>{rowsOf<Element>(dk), 0}, KeyGrad<Element>{rowsOf<Element>(dv), 0});
+      launchKeyGrad<Plan>(queue_, operands, 1, KeyGrad<Element>{rowsOf<Element>(dk), 0},
+                          KeyGrad<Element>{rowsOf<Element>(dv), 0});
     launchQueryGrad<Plan>(queue_, operands, dq);
   });
 }

@@ -1,8 +1,8 @@
 // Attention of one query over a cache of keys and values, as decoding needs it (attention_forward.cu has the formulas).
 //
-// q, o [1, heads*headDim]; keys, values [length, kvHeads*headDim]. The rows of a tile are the query heads of one key head, so that
-// keys and values are read once for all of them. A block has a range of keys, of which its warps take turns; each warp leaves its sums,
-// relative to its own maxima, in scratch memory, and a second kernel joins them head by head.
+// q, o [1, heads*headDim]; keys, values [length, kvHeads*headDim]. The rows of a tile are the query heads of one key head, so
+// that keys and values are read once for all of them. A block has a range of keys, of which its warps take turns; each warp
+// leaves its sums, relative to its own maxima, in scratch memory, and a second kernel joins them head by head.
 #include <algorithm>
 
 #include "cuda/attention_tiles.h"
@@ -28,7 +28,8 @@ struct CachedShared {
   static constexpr int tileKeys = attentionWarps * Math::columns;
   static constexpr int queryBytes = Math::warpRows * Math::Layout::rowBytes;
   static constexpr int tileBytes = tileKeys * Math::Layout::rowBytes;
-  static constexpr int bytes = queryBytes + std::max(2 * tileBytes, Staging<Math, float>::bytes) + attentionWarps * Math::exchangeBytes;
+  static constexpr int bytes =
+      queryBytes + std::max(2 * tileBytes, Staging<Math, float>::bytes) + attentionWarps * Math::exchangeBytes;
 
   unsigned char* start = sharedMemory<unsigned char>();
   __device__ unsigned char* queries() const { return start; }
@@ -87,19 +88,17 @@ __global__ void __launch_bounds__(attentionThreads, 2)
     Math::accumulate(scores, shared.values() + warpOffset, shared.exchange(), sums);
   };
   overTiles<1>(ceilDivide(to - from, Shared::tileKeys), copyTile, addTile);
-
-  __syncthreads();
   softmax.finish();
   const int32_t part = static_cast<int32_t>(blockIdx.x) * attentionWarps + warp();
   const auto owns = [&](int32_t row) { return row < headCount; };
   const Rows<float> own{parts.sums + (int64_t{firstHead} * parts.count + part) * headDim, int64_t{parts.count} * headDim};
-  storeSums<Math>(sums, shared.staging(), own, 0, headDim, vectors, [](int) { return 1.0f; }, owns);
+  storeSums<Math>(
+      sums, shared.staging(), own, 0, headDim, vectors, [](int) { return 1.0f; }, owns);
 #pragma unroll
   for (int r = 0; r < Math::threadRows; ++r) {
     const int32_t row = ownRow<Math>(r);
     if (lane() % Math::lanesPerRow != 0 || !owns(row)) continue;
-    parts.exponents[int64_t{firstHead + row} * parts.count + part] =
-        make_float2(softmax.maximum[r] * problem.scale * log2OfE, softmax.sum[r]);
+    parts.exponents[int64_t{firstHead + row} * parts.count + part] = make_float2(softmax.maximum[r], softmax.sum[r]);
   }
 }
 
@@ -116,7 +115,7 @@ struct Joined {
   __device__ void add(float otherMaximum, float otherSum, const float* otherValues, int32_t headDim) {
     const float largest = fmaxf(maximum, otherMaximum);
     const float shift = largest == -INFINITY ? 0.0f : largest;
-    const float own = exp2f(maximum - shift), other = exp2f(otherMaximum - shift);
+    const float own = exp2Flushed(maximum - shift), other = exp2Flushed(otherMaximum - shift);
     maximum = largest;
     sum = sum * own + otherSum * other;
 #pragma unroll
@@ -180,7 +179,8 @@ void CudaDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matr
     const int32_t ranges = ceilDivide(problem.window, parts.keys);
     parts.count = ranges * attentionWarps;
     const int64_t partCount = int64_t{shape.heads} * parts.count;
-    parts.exponents = static_cast<float2*>(scratch(static_cast<size_t>(partCount) * (sizeof(float2) + shape.headDim * sizeof(float))));
+    parts.exponents =
+        static_cast<float2*>(scratch(static_cast<size_t>(partCount) * (sizeof(float2) + shape.headDim * sizeof(float))));
     parts.sums = reinterpret_cast<float*>(parts.exponents + partCount);
     queue_.launch("attentionCached", attentionCachedKernel<Math>,
                   dim3(static_cast<unsigned>(ranges), static_cast<unsigned>(shape.kvHeads), static_cast<unsigned>(batches)),

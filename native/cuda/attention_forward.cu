@@ -3,9 +3,9 @@
 //   S = scale q k^T,  P = softmax(S),  o = P v,  lse = log of each row's sum of exponentials
 //
 // q, o [T, heads*headDim]; k, v [T, kvHeads*headDim]; lse [T, heads] float32. A block has a tile of query rows of one head and
-// goes over their keys from the last to the first, with a running maximum; the tiles of keys and values are copied to shared memory
-// while those before them are at work. Sums are float32; with bfloat16 the exponentials enter their product rounded, their sum is
-// taken before. The last tiles, which have the most keys of a long sequence, start first.
+// goes over their keys from the last to the first, with a running maximum; the tiles of keys and values are copied to shared
+// memory while those before them are at work. Sums are float32; with bfloat16 the exponentials enter their product rounded, their
+// sum is taken before. The last tiles, which have the most keys of a long sequence, start first.
 #include <algorithm>
 
 #include "cuda/attention_tiles.h"
@@ -46,11 +46,11 @@ struct ForwardShared {
 
 // rowLse [the warp's rows] = log of each row's sum of exponentials.
 template <class Math>
-__device__ void stageLse(const OnlineSoftmax<Math>& softmax, float scale, float* rowLse) {
+__device__ void stageLse(const OnlineSoftmax<Math>& softmax, float* rowLse) {
   __syncwarp();
 #pragma unroll
   for (int r = 0; r < Math::threadRows; ++r) {
-    if (lane() % Math::lanesPerRow == 0) rowLse[ownRow<Math>(r)] = softmax.maximum[r] * scale + logf(softmax.sum[r]);
+    if (lane() % Math::lanesPerRow == 0) rowLse[ownRow<Math>(r)] = lnOf2 * (softmax.maximum[r] + log2f(softmax.sum[r]));
   }
   __syncwarp();
 }
@@ -89,14 +89,12 @@ __global__ void __launch_bounds__(attentionThreads, 2)
       Math::accumulate(scores, shared.values(stage), shared.exchange(), sums);
     };
     overTiles<2>(tiles.count(), copyTile, addTile);
-
-    __syncthreads();
     softmax.finish();
     storeSums<Math>(
         sums, shared.staging(), headOut, warpFirst, headDim, vectors, [&](int r) { return 1.0f / softmax.sum[r]; },
         [&](int32_t row) { return tiles.ownsRow(row); });
     auto* rowLse = reinterpret_cast<float*>(shared.staging() + warp() * Staging<Math, typename Math::Element>::warpBytes);
-    stageLse<Math>(softmax, problem.scale, rowLse);
+    stageLse<Math>(softmax, rowLse);
     const int32_t row = warpFirst + lane();
     if (lane() < Math::warpRows && tiles.ownsRow(row)) lse[int64_t{row} * problem.heads + head] = rowLse[lane()];
   };

@@ -21,9 +21,11 @@ namespace lora_da::cuda {
 
 inline constexpr int attentionWarps = 4;
 inline constexpr int attentionThreads = attentionWarps * warpThreads;
-// Kernels exist for the head dimensions 16 (bfloat16 only), 32, 64, 96, 128 and 256; others run as the next one with zeros behind.
+// Kernels exist for the head dimensions 16 (bfloat16 only), 32, 64, 96, 128 and 256; others run as the next one with zeros
+// behind.
 inline constexpr int32_t maxAttentionHeadDim = 256;
 inline constexpr float log2OfE = 1.4426950408889634f;
+inline constexpr float lnOf2 = 0.6931471805599453f;
 
 // What every kernel over a packed batch is told.
 struct AttentionProblem {
@@ -38,7 +40,8 @@ struct AttentionProblem {
   float scale;
   int32_t vectors;  // whether all matrices can be read and written 16 bytes at a time
 };
-static_assert(sizeof(AttentionProblem) == 2 * sizeof(void*) + 8 * sizeof(int32_t), "a padding byte spoils a launch's fingerprint");
+static_assert(sizeof(AttentionProblem) == 2 * sizeof(void*) + 8 * sizeof(int32_t),
+              "a padding byte spoils a launch's fingerprint");
 
 __host__ __device__ constexpr int32_t ceilDivide(int32_t a, int32_t b) {
   return (a + b - 1) / b;
@@ -86,9 +89,7 @@ class KeyTiles {
 
   __device__ bool ownsRow(int32_t row) const { return row >= begin_ && row < stop_; }
   // Of the tile from `key` on: whether this warp's queries see none of its keys, or each sees them all.
-  __device__ bool hidden(int32_t key) const {
-    return begin_ >= stop_ || key >= stop_ || key + columns <= lowestOf(begin_);
-  }
+  __device__ bool hidden(int32_t key) const { return begin_ >= stop_ || key >= stop_ || key + columns <= lowestOf(begin_); }
   __device__ bool open(int32_t key) const { return key + columns - 1 <= begin_ && key >= lowestOf(stop_ - 1); }
   __device__ bool sees(int32_t query, int32_t key) const {
     return static_cast<uint32_t>(query - key) < static_cast<uint32_t>(window_) && key >= segment_.first;
@@ -153,11 +154,9 @@ struct TileLayout {
   static constexpr bool permuted = chunks % 8 == 0;
   static constexpr int rowBytes = (permuted ? chunks : chunks | 1) * 16;
 
-  // Of chunk `first + own` of row `firstRow + ownRow`, where `first` and `firstRow` are known to the compiler (firstRow a multiple
-  // of 8, first even) and own is 0 or 1: what depends on the thread is computed once.
-  __device__ static int ownOffset(int ownRow, int own) {
-    return ownRow * rowBytes + 16 * (permuted ? own ^ (ownRow & 7) : own);
-  }
+  // Of chunk `first + own` of row `firstRow + ownRow`, where `first` and `firstRow` are known to the compiler (firstRow a
+  // multiple of 8, first even) and own is 0 or 1: what depends on the thread is computed once.
+  __device__ static int ownOffset(int ownRow, int own) { return ownRow * rowBytes + 16 * (permuted ? own ^ (ownRow & 7) : own); }
   __device__ static int offset(int row, int chunk) { return row * rowBytes + 16 * (permuted ? chunk ^ (row & 7) : chunk); }
 };
 
@@ -191,11 +190,11 @@ __device__ inline void startTile(unsigned char* tile, const Rows<const Element>&
 }
 
 // compute(i, stage) for i < count, each after load(i, stage) has started its copies: with two stages those of the next are under
-// way meanwhile. All threads of the block together.
+// way meanwhile. All threads of the block together; no thread is at compute any more when one returns.
 template <int stages, class Load, class Compute>
 __device__ inline void overTiles(int32_t count, const Load& load, const Compute& compute) {
   static_assert(stages == 1 || stages == 2, "a tile is alone or one of two");
-  __syncthreads();  // others may still be at what the stages held before
+  __syncthreads();  // others may still read what the stages held before
   load(0, 0);
   commitCopies();
   for (int32_t i = 0; i < count; ++i) {
@@ -212,6 +211,7 @@ __device__ inline void overTiles(int32_t count, const Load& load, const Compute&
       commitCopies();
     }
   }
+  if constexpr (stages == 2) __syncthreads();
 }
 
 // --- a warp's products --------------------------------------------------------------------------------------------------
@@ -304,7 +304,8 @@ struct Bf16Math {
   }
   // Columns 16 n .. 16 n + 15 of the product.
   template <int width>
-  __device__ static void multiplyPair(const uint32_t (&a)[blocks][4], const uint32_t (&b)[4], Accumulators<width>& product, int n) {
+  __device__ static void multiplyPair(const uint32_t (&a)[blocks][4], const uint32_t (&b)[4], Accumulators<width>& product,
+                                      int n) {
     const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
     for (int m = 0; m < blocks; ++m) {
@@ -319,8 +320,8 @@ struct Bf16Math {
   }
 };
 
-// float32: the lanes of a warp lie in `rowLanes` rows; each has four rows of the warp's, one in every rowLanes, and the columns and
-// elements of its place in the lanes' row. Scores reach the other lanes of a row through shared memory.
+// float32: the lanes of a warp lie in `rowLanes` rows; each has four rows of the warp's, one in every rowLanes, and the columns
+// and elements of its place in the lanes' row. Scores reach the other lanes of a row through shared memory.
 template <int headDim_, int rowLanes, int columns_>
 struct F32Math {
   using Element = float;
@@ -408,7 +409,8 @@ __device__ inline int ownRow(int i) {
   return Math::rowAt(i, lane() / Math::lanesPerRow);
 }
 
-// Scores of the warp's rows, from firstRow on, and the tile's, from firstOther on, become `hidden` where one does not see the other.
+// Scores of the warp's rows, from firstRow on, and the tile's, from firstOther on, become `hidden` where one does not see the
+// other.
 template <class Math, class Tiles>
 __device__ inline void hideScores(const Tiles& tiles, int32_t firstRow, int32_t firstOther, float hidden,
                                   typename Math::Scores& scores) {
@@ -484,10 +486,13 @@ __device__ inline void clearRows(const Rows<T>& matrix, int32_t width, int32_t f
 
 // --- softmax ------------------------------------------------------------------------------------------------------------
 
-// exp of scores relative to a running maximum, as powers of two of scores times `scale`, which has log2(e) in it.
+// exp of scores relative to a running maximum, as powers of two of scores times `scale`, which has log2(e) in it. The maximum is
+// raised only where a score exceeds it by more than `slack` powers of two: sums stay far from overflow, and are hardly ever
+// brought to another maximum.
 template <class Math>
 struct OnlineSoftmax {
-  float maximum[Math::threadRows];  // of unscaled scores
+  static constexpr float slack = 8;
+  float maximum[Math::threadRows];  // times scale
   float sum[Math::threadRows];      // of the columns that this thread holds
 
   __device__ OnlineSoftmax() {
@@ -498,26 +503,18 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores become exponentials; the sums of those before are brought to the new maximum. Hidden scores are -infinity.
+  // Scores become exponentials; hidden ones are -infinity before.
   __device__ void update(float scale, typename Math::Scores& scores, typename Math::Sums& sums) {
+    raiseMaxima(scale, scores, sums);
 #pragma unroll
     for (int r = 0; r < Math::threadRows; ++r) {
-      float largest = maximum[r];
-#pragma unroll
-      for (int c = 0; c < Math::threadColumns; ++c) largest = fmaxf(largest, scores.at(r, c));
-      largest = overRowLanes(largest, [](float a, float b) { return fmaxf(a, b); });
-      const float shift = largest == -INFINITY ? 0.0f : largest * scale;
-      const float kept = exp2f(maximum[r] * scale - shift);
-      maximum[r] = largest;
-      sum[r] *= kept;
+      const float shift = maximum[r] == -INFINITY ? 0.0f : maximum[r];
 #pragma unroll
       for (int c = 0; c < Math::threadColumns; ++c) {
-        const float exponential = exp2f(scores.at(r, c) * scale - shift);
+        const float exponential = exp2Flushed(scores.at(r, c) * scale - shift);
         scores.at(r, c) = exponential;
         sum[r] += exponential;
       }
-#pragma unroll
-      for (int e = 0; e < Math::threadElements; ++e) sums.at(r, e) *= kept;
     }
   }
   // Makes the sums those of whole rows.
@@ -527,6 +524,29 @@ struct OnlineSoftmax {
   }
 
  private:
+  __device__ void raiseMaxima(float scale, typename Math::Scores& scores, typename Math::Sums& sums) {
+    float kept[Math::threadRows];
+    bool raised = false;
+#pragma unroll
+    for (int r = 0; r < Math::threadRows; ++r) {
+      float largest = -INFINITY;
+#pragma unroll
+      for (int c = 0; c < Math::threadColumns; ++c) largest = fmaxf(largest, scores.at(r, c));
+      largest = scale * overRowLanes(largest, [](float a, float b) { return fmaxf(a, b); });
+      kept[r] = 1.0f;
+      if (largest <= maximum[r] + slack) continue;
+      kept[r] = exp2Flushed(maximum[r] - largest);
+      maximum[r] = largest;
+      raised = true;
+    }
+    if (!__any_sync(allLanes, raised)) return;
+#pragma unroll
+    for (int r = 0; r < Math::threadRows; ++r) {
+      sum[r] *= kept[r];
+#pragma unroll
+      for (int e = 0; e < Math::threadElements; ++e) sums.at(r, e) *= kept[r];
+    }
+  }
   template <class Combine>
   __device__ static float overRowLanes(float value, const Combine& combine) {
 #pragma unroll

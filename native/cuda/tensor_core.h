@@ -1,6 +1,6 @@
-// The instructions that have no C++ spelling: bf16 tensor-core products, their fragments' loads from shared memory, and
-// asynchronous copies from global to shared memory (PTX ISA, sec. "Warp-level matrix instructions" and "cp.async"; sm_80 and
-// later). The host simulator has each under the same name (native/test/cuda_sim).
+// The instructions that have no C++ spelling: bf16 tensor-core products, their fragments' loads from shared memory, asynchronous
+// copies from global to shared memory, and powers of two (PTX ISA, sec. "Warp-level matrix instructions", "cp.async" and "ex2";
+// sm_80 and later). The host simulator has each under the same name (native/test/cuda_sim).
 #pragma once
 
 #include "cuda/launch.h"
@@ -52,6 +52,14 @@ __device__ inline void commitCopies() {
 template <int pending>
 __device__ inline void waitCopies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
+}
+
+// 2^x with an error of 2 units in the last place; 0 instead of a subnormal number. One instruction, where exp2f, which has those,
+// takes four.
+__device__ inline float exp2Flushed(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(x));
+  return power;
 }
 
 }  // namespace lora_da::cuda

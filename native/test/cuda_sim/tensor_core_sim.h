@@ -2,6 +2,9 @@
 // that land as late as they may.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "simt.h"
 
 namespace cuda_sim {
@@ -34,6 +37,11 @@ inline void commitCopies() {
 template <int pending>
 void waitCopies() {
   cuda_sim::landCopies(pending);
+}
+
+inline float exp2Flushed(float x) {
+  const float power = std::exp2(x);
+  return power < std::numeric_limits<float>::min() ? 0.0f : power;
 }
 
 }  // namespace lora_da::cuda
