@@ -155,15 +155,16 @@ function initialization(budget: Budget, tokens: number): void {
     const perModule = modules.map((rows) => 2 * width * width * rows + width * width * rows);
     const solveFlops = layers * perModule.reduce((sum, value) => sum + value, 0);
     budget.float64('solve', `${name}: Δ, Ω`, layers * 8 * modules.length * width * width * 3, solveFlops);
-    // Block Krylov iteration: each step reads Ω once for a block of 16; a Cholesky factorization certifies the result.
+    // Block Davidson: each step reads Ω and an inverse for a block of 16; inversions and the certificate are Cholesky factors.
     const eigen = layers * modules.length;
-    const steps = 80;
+    const [steps, inversions] = [40, 6];
     budget.float64(
       'eigenproblems',
-      `${name}: lowest eigenpairs, ${eigen} of order ${width}`,
-      eigen * steps * (8 * width * width + 16 * 8 * width * steps),
-      eigen * (steps * 2 * width * width * 16 + cube / 3),
+      `${name}: lowest eigenpairs, ${eigen} of order ${width}: steps`,
+      eigen * steps * (2 * 8 * width * width + 16 * 8 * width * steps),
+      eigen * steps * 4 * width * width * 16,
     );
+    budget.float64('eigenproblems', `${name}: inversions, certificate`, 0, eigen * (inversions + 1 / 3) * cube);
   }
 }
 
