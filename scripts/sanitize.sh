@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build folder of their own.
 #
-#   scripts/sanitize.sh           on the CPU, and the simulator of CUDA by itself where CUDA's headers are
+#   scripts/sanitize.sh           on the CPU, plain and guarded, and the simulator of CUDA by itself where CUDA's headers are
 #   scripts/sanitize.sh --cuda    on the simulated GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ if [ "${1:-}" = --cuda ]; then
   exit
 fi
 cmake --build build-sanitize --parallel 2 --target native_tests
-build-sanitize/native_tests
+LORA_DA_TEST_DEVICES=cpu,guarded-cpu build-sanitize/native_tests
 if cmake --build build-sanitize --target help | grep -q cuda_sim_tests; then
   cmake --build build-sanitize --parallel 2 --target cuda_sim_tests
   ctest --test-dir build-sanitize --output-on-failure -R '^cuda_sim$'
