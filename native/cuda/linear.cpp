@@ -7,9 +7,8 @@
 // Without room the thin product goes first and the large one adds itself to it; the bias comes with the large one, so that a
 // bfloat16 result is rounded with as little in it as can be.
 #include <algorithm>
-#include <cstring>
 
-#include "core/error.h"
+#include "core/file_tensor.h"
 #include "cuda/cuda_device.h"
 #include "cuda/cuda_weight.h"
 #include "cuda/low_rank.h"
@@ -20,44 +19,6 @@ namespace lora_da::cuda {
 
 namespace {
 
-// File data may start at any byte, so elements are read with memcpy.
-template <class T>
-T readAt(const char* data, size_t index) {
-  T value;
-  std::memcpy(&value, data + index * sizeof(T), sizeof(T));
-  return value;
-}
-
-template <class From, class Widen>
-void convertElements(const char* source, DType type, size_t count, Widen widen, void* target) {
-  if (type == DType::bf16) {
-    auto* values = static_cast<uint16_t*>(target);
-    for (size_t i = 0; i < count; ++i) values[i] = floatToBf16(widen(readAt<From>(source, i)));
-  } else {
-    auto* values = static_cast<float*>(target);
-    for (size_t i = 0; i < count; ++i) values[i] = widen(readAt<From>(source, i));
-  }
-}
-
-// Elements first .. first + count - 1 of a tensor of the file, in `type`.
-void convertFromFile(const HostTensor& tensor, size_t first, size_t count, DType type, void* target) {
-  const char* source = static_cast<const char*>(tensor.data) + first * sizeOf(tensor.dtype);
-  if (tensor.dtype == type) {
-    std::memcpy(target, source, count * sizeOf(type));
-    return;
-  }
-  switch (tensor.dtype) {
-    case DType::f32:
-      return convertElements<float>(
-          source, type, count, [](float value) { return value; }, target);
-    case DType::f16: return convertElements<uint16_t>(source, type, count, f16ToFloat, target);
-    case DType::bf16: return convertElements<uint16_t>(source, type, count, bf16ToFloat, target);
-    default:
-      throw Error(code::invalidTensor,
-                  "tensor " + tensor.name + " has type " + nameOf(tensor.dtype) + ", expected F32, F16 or BF16");
-  }
-}
-
 // Bytes first .. first + count - 1 of the tensor's rows as they lie on the device, `stride` elements apart. What is between the
 // rows is left as it is.
 void convertPiece(const HostTensor& tensor, int64_t stride, size_t first, size_t count, DType type, char* stage) {
@@ -66,8 +27,7 @@ void convertPiece(const HostTensor& tensor, int64_t stride, size_t first, size_t
   for (int64_t row = begin / stride; row * stride < end; ++row) {
     const int64_t from = std::max(begin, row * stride), to = std::min(end, row * stride + tensor.cols);
     if (from >= to) continue;
-    convertFromFile(tensor, static_cast<size_t>(row * tensor.cols + from - row * stride), static_cast<size_t>(to - from), type,
-                    stage + (from - begin) * width);
+    convertFileElements(tensor, row * tensor.cols + from - row * stride, to - from, type, stage + (from - begin) * width);
   }
 }
 

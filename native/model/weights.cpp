@@ -1,8 +1,8 @@
 #include "model/weights.h"
 
-#include <cstring>
 
 #include "core/error.h"
+#include "core/file_tensor.h"
 
 namespace lora_da {
 
@@ -122,20 +122,7 @@ void CheckpointFiles::checkIntact() const {
 
 std::vector<float> readFloats(const HostTensor& tensor) {
   std::vector<float> values(static_cast<size_t>(tensor.rows * tensor.cols));
-  const char* data = static_cast<const char*>(tensor.data);
-  if (tensor.dtype == DType::f32) {
-    std::memcpy(values.data(), data, values.size() * sizeof(float));
-    return values;
-  }
-  if (tensor.dtype != DType::bf16 && tensor.dtype != DType::f16) {
-    throw Error(code::invalidTensor,
-                "tensor " + tensor.name + " has type " + nameOf(tensor.dtype) + ", expected F32, F16 or BF16");
-  }
-  for (size_t i = 0; i < values.size(); ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, data + i * sizeof bits, sizeof bits);
-    values[i] = tensor.dtype == DType::bf16 ? bf16ToFloat(bits) : f16ToFloat(bits);
-  }
+  convertFileElements(tensor, 0, tensor.rows * tensor.cols, DType::f32, values.data());
   return values;
 }
 
