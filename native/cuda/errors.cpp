@@ -1,14 +1,8 @@
 #include "cuda/errors.h"
 
-#include <cstdio>
+#include "core/memory_text.h"
 
 namespace lora_da::cuda {
-
-std::string gigabytes(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) / 1e9);
-  return text;
-}
 
 std::string freeMemory() {
   size_t free = 0, total = 0;

@@ -9,8 +9,6 @@
 
 namespace lora_da::cuda {
 
-// "1.50 GB"
-std::string gigabytes(size_t bytes);
 // "0.20 GB of 8.00 GB are free", on the calling thread's device.
 std::string freeMemory();
 

@@ -1,6 +1,7 @@
 // Memory of the CUDA device, and the copies between it and the host.
 #include <string>
 
+#include "core/memory_text.h"
 #include "cuda/cuda_device.h"
 #include "cuda/uploads.h"
 

@@ -1,10 +1,10 @@
 #include "fisher/collection_plan.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <string>
 
 #include "core/error.h"
+#include "core/memory_text.h"
 
 namespace lora_da {
 
@@ -75,12 +75,6 @@ CollectionPlan planned(Decoder& model, const CollectionWork& work, CollectionOrd
   plan.activations = activationBytes(model, work, order == CollectionOrder::layerMajor);
   plan.workspace = solveBytes(model, work) + deviceBytes(model, work);
   return plan;
-}
-
-std::string gigabytes(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) / 1e9);
-  return text;
 }
 
 [[noreturn]] void throwTooLarge(const CollectionPlan& plan, const CollectionWork& work, const CollectionRequest& request,
