@@ -1,6 +1,6 @@
 #include "model_state.h"
 
-#include <new>
+#include <utility>
 
 #include "core/error.h"
 
@@ -12,12 +12,9 @@ template <class Work>
 Outcome attempt(Work&& work) {
   try {
     return {work(), "", ""};
-  } catch (const Error& error) {
-    return {nullptr, error.code(), error.what()};
-  } catch (const std::bad_alloc&) {
-    return {nullptr, code::outOfMemory, "the system is out of memory"};
-  } catch (const std::exception& error) {
-    return {nullptr, code::internal, error.what()};
+  } catch (const std::exception&) {
+    ErrorText error = handledError();
+    return {nullptr, std::move(error.code), std::move(error.message)};
   }
 }
 

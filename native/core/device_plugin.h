@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/error.h"
 
 namespace lora_da {
 
@@ -28,10 +29,7 @@ struct DeviceReport {
 };
 
 // How a call into the plug-in ended; an empty code: well.
-struct PluginStatus {
-  std::string code;
-  std::string message;
-};
+using PluginStatus = ErrorText;
 
 namespace plugin {
 

@@ -1,6 +1,7 @@
 // The one exception of the native core. `code` is stable and reaches JavaScript unchanged as error.code.
 #pragma once
 
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -28,5 +29,23 @@ inline constexpr const char* aborted = "ABORTED";
 inline constexpr const char* deviceUnavailable = "DEVICE_UNAVAILABLE";
 inline constexpr const char* internal = "INTERNAL";
 }  // namespace code
+
+struct ErrorText {
+  std::string code;
+  std::string message;
+};
+
+// Of the exception that is being handled, for borders that none may cross. What is no std::exception is thrown on.
+inline ErrorText handledError() {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return {error.code(), error.what()};
+  } catch (const std::bad_alloc&) {
+    return {code::outOfMemory, "the system is out of memory"};
+  } catch (const std::exception& error) {
+    return {code::internal, error.what()};
+  }
+}
 
 }  // namespace lora_da

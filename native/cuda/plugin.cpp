@@ -1,6 +1,4 @@
 // The entry points of the shared object (core/device_plugin.h). Nothing else of it is visible.
-#include <new>
-
 #include "core/device_plugin.h"
 #include "core/error.h"
 #include "cuda/cuda_device.h"
@@ -16,12 +14,8 @@ void guarded(PluginStatus& status, Work work) {
   try {
     work();
     status = {};
-  } catch (const Error& error) {
-    status = {error.code(), error.what()};
-  } catch (const std::bad_alloc&) {
-    status = {code::outOfMemory, "the system is out of memory"};
-  } catch (const std::exception& error) {
-    status = {code::internal, error.what()};
+  } catch (const std::exception&) {
+    status = handledError();
   }
 }
 
