@@ -18,8 +18,8 @@ CpuDevice::CpuDevice(const DeviceOptions& options)
   omp_set_dynamic(0);
   omp_set_num_threads(threads_);
   openblas_set_num_threads(threads_);
-  products_ =
-      std::make_unique<Products>([this](size_t bytes) { return grow(productScratch_, bytes, "matrix product workspace"); });
+  products_ = std::make_unique<Products>(
+      [this](size_t bytes) { return productScratch_.reserve(*this, bytes, "matrix product workspace"); });
 }
 
 CpuDevice::~CpuDevice() = default;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/scratch.h"
 #include "cpu/kernels/kernels.h"
 
 namespace lora_da::cpu {
@@ -108,13 +109,7 @@ class CpuDevice : public Device {
  private:
   const TypedKernels& typed(DType type) const { return type == DType::bf16 ? kernels_.bf16 : kernels_.f32; }
   const TypedKernels& typed() const { return typed(computeType_); }
-  // Scratch that grows to the largest request and is then reused: nothing is allocated in a steady step.
-  struct Scratch {
-    Buffer memory;
-    size_t bytes = 0;
-  };
-  void* grow(Scratch& scratch, size_t bytes, const char* purpose);
-  void* scratch(size_t bytes) { return grow(scratch_, bytes, "scratch of the CPU device"); }
+  void* scratch(size_t bytes) { return scratch_.reserve(*this, bytes, "scratch of the CPU device"); }
 
   // matmul of float64 (dense.cpp).
   void denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c);

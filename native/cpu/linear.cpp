@@ -223,7 +223,7 @@ void CpuDevice::packForLibrary(const std::vector<HostTensor>& parts, WeightUses 
 
 float* CpuDevice::panelScratch(size_t threadFloats) {
   return static_cast<float*>(
-      grow(panelScratch_, threadFloats * sizeof(float) * static_cast<size_t>(threads_), "panels of weights"));
+      panelScratch_.reserve(*this, threadFloats * sizeof(float) * static_cast<size_t>(threads_), "panels of weights"));
 }
 
 size_t CpuDevice::panelFloats(int64_t depth, int64_t lowRankDepth) const {

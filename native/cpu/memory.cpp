@@ -54,15 +54,4 @@ void CpuDevice::copy(void* to, const void* from, size_t bytes) {
   if (bytes > 0) std::memcpy(to, from, bytes);
 }
 
-void* CpuDevice::grow(Scratch& scratch, size_t bytes, const char* purpose) {
-  if (bytes > scratch.bytes) {
-    // The old memory goes first, so that both never exist together.
-    scratch.memory.reset();
-    scratch.bytes = 0;
-    scratch.memory = allocate(bytes, purpose);
-    scratch.bytes = bytes;
-  }
-  return scratch.memory.get();
-}
-
 }  // namespace lora_da::cpu

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/scratch.h"
 #include "cuda/queue.h"
 
 namespace lora_da::cuda {
@@ -116,14 +117,9 @@ class CudaDevice : public Device {
   Queue& queue() { return queue_; }
 
  private:
-  // Device memory that grows to the largest request and is then reused. An operation's scratch is free for the next one, since
-  // the stream keeps their order; an operation that calls another one keeps a Scratch of its own.
-  struct Scratch {
-    Buffer memory;
-    size_t bytes = 0;
-  };
-  void* grow(Scratch& scratch, size_t bytes, const char* purpose);
-  void* scratch(size_t bytes) { return grow(scratch_, bytes, "scratch of the CUDA device"); }
+  // An operation's scratch is free for the next one, since the stream keeps their order; an operation that calls another one
+  // keeps a Scratch of its own.
+  void* scratch(size_t bytes) { return scratch_.reserve(*this, bytes, "scratch of the CUDA device"); }
 
   std::string name_;
   DType computeType_;

@@ -189,8 +189,8 @@ void CudaDevice::headLoss(const Matrix& x, const Weight& head, const int32_t* ta
                           const Matrix* dx) {
   const int64_t vocabulary = head.out;
   const Chunk chunk = chunkFor(x.rows, vocabulary, computeType_);
-  auto* memory =
-      static_cast<char*>(grow(headScratch_, static_cast<size_t>(chunk.logitBytes + chunk.gradientBytes), "the head's logits"));
+  auto* memory = static_cast<char*>(
+      headScratch_.reserve(*this, static_cast<size_t>(chunk.logitBytes + chunk.gradientBytes), "the head's logits"));
   for (int64_t first = 0; first < x.rows; first += chunk.rows) {
     const int64_t count = std::min(chunk.rows, x.rows - first);
     const Matrix logits{memory, DType::f32, count, vocabulary, chunk.stride};

@@ -50,16 +50,4 @@ void CudaDevice::synchronize() {
   queue_.synchronize();
 }
 
-void* CudaDevice::grow(Scratch& scratch, size_t bytes, const char* purpose) {
-  if (bytes > scratch.bytes) {
-    if (scratch.memory) queue_.synchronize();  // what is enqueued may still use it
-    // The old memory goes first, so that both never exist together.
-    scratch.memory.reset();
-    scratch.bytes = 0;
-    scratch.memory = allocate(bytes, purpose);
-    scratch.bytes = bytes;
-  }
-  return scratch.memory.get();
-}
-
 }  // namespace lora_da::cuda
