@@ -32,14 +32,6 @@ const std::map<std::string, Shape>& shapes() {
 // Element i of a matrix comes from this many elements behind that of the matrix made before it.
 constexpr size_t matrixShift = 4099 * 16;
 
-std::vector<LinearSpec> linearsOf(const DecoderSpec& spec) {
-  std::vector<LinearSpec> linears = spec.attentionInputs;
-  linears.push_back(spec.attentionOutput);
-  linears.insert(linears.end(), spec.mlpInputs.begin(), spec.mlpInputs.end());
-  linears.push_back(spec.mlpOutput);
-  return linears;
-}
-
 size_t elementsOf(const std::vector<int64_t>& shape) {
   size_t elements = 1;
   for (const int64_t size : shape) elements *= static_cast<size_t>(size);
@@ -83,19 +75,11 @@ DecoderSpec specOf(const std::string& model) {
   return spec;
 }
 
-std::vector<std::string> linearModules(const DecoderSpec& spec) {
-  std::vector<std::string> modules;
-  for (int64_t layer = 0; layer < spec.layers; ++layer) {
-    for (const LinearSpec& linear : linearsOf(spec)) modules.push_back(spec.layerPrefix(layer) + linear.name);
-  }
-  return modules;
-}
-
 RandomWeights::RandomWeights(const DecoderSpec& spec) : file_(memfd_create("lora-da-random-weights", 0)) {
   if (file_ < 0) throw std::runtime_error("cannot make a file in memory");
   const int64_t deepest = std::max(spec.hiddenSize, spec.queryWidth());
   const int64_t largest = std::max(spec.vocabSize * spec.hiddenSize, spec.intermediateSize * deepest);
-  const size_t matrices = linearModules(spec).size() + 2;
+  const size_t matrices = spec.linearModules().size() + 2;
   matrixElements_ = static_cast<size_t>(largest) + matrices * matrixShift;
 
   const double bound = std::sqrt(3.0) * 0.02;
@@ -111,7 +95,7 @@ RandomWeights::RandomWeights(const DecoderSpec& spec) : file_(memfd_create("lora
   for (int64_t layer = 0; layer < spec.layers; ++layer) {
     const std::string prefix = spec.layerPrefix(layer);
     for (const std::string& norm : {spec.names.attentionNorm, spec.names.mlpNorm}) add(prefix + norm, {spec.hiddenSize}, true);
-    for (const LinearSpec& linear : linearsOf(spec)) add(prefix + linear.name + ".weight", {linear.out, linear.in}, false);
+    for (const LinearSpec& linear : spec.linears()) add(prefix + linear.name + ".weight", {linear.out, linear.in}, false);
   }
 }
 
@@ -137,7 +121,7 @@ void RandomWeights::add(const std::string& name, std::vector<int64_t> shape, boo
 }
 
 void addRandomAdapters(Decoder& model, int64_t rank) {
-  model.addLora(linearModules(model.spec()), rank, static_cast<float>(16 / std::sqrt(static_cast<double>(rank))));
+  model.addLora(model.spec().linearModules(), rank, static_cast<float>(16 / std::sqrt(static_cast<double>(rank))));
   std::vector<AdapterFactors> factors = model.lora()->read(model.device(), LoraSet::Array::value);
   for (AdapterFactors& entry : factors) {
     Random random(1, entry.module);
@@ -164,7 +148,7 @@ TokenBatch randomBatch(const DecoderSpec& spec, int64_t sequences, int64_t lengt
 double stepFlops(const DecoderSpec& spec, int64_t rank, int64_t sequences, int64_t length) {
   const double tokens = static_cast<double>(sequences * length), layers = static_cast<double>(spec.layers);
   double weights = 0, factors = 0;
-  for (const LinearSpec& linear : linearsOf(spec)) {
+  for (const LinearSpec& linear : spec.linears()) {
     weights += static_cast<double>(linear.out * linear.in);
     factors += static_cast<double>(rank * (linear.out + linear.in));
   }

@@ -12,9 +12,6 @@ namespace lora_da::bench {
 // smollm2-135m, llama-3.2-1b, llama-2-7b, and tiny for a trial. Throws std::invalid_argument that lists them.
 DecoderSpec specOf(const std::string& model);
 
-// Names of all linear modules in layer order.
-std::vector<std::string> linearModules(const DecoderSpec& spec);
-
 // One block of bfloat16 numbers in memory, as a file, that all matrices are cut from at places of their own: 7B parameters take
 // no more room than the largest matrix, and none of them holds zeros or the same rows as another, which a GPU multiplies faster.
 class RandomWeights {

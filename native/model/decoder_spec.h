@@ -54,6 +54,21 @@ struct DecoderSpec {
     std::string prefix = names.layer;
     return prefix.replace(prefix.find("{i}"), 3, std::to_string(layer)) + ".";
   }
+  // The linear modules of a layer in its order, and the full names of those of all layers.
+  std::vector<LinearSpec> linears() const {
+    std::vector<LinearSpec> linears = attentionInputs;
+    linears.push_back(attentionOutput);
+    linears.insert(linears.end(), mlpInputs.begin(), mlpInputs.end());
+    linears.push_back(mlpOutput);
+    return linears;
+  }
+  std::vector<std::string> linearModules() const {
+    std::vector<std::string> modules;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      for (const LinearSpec& linear : linears()) modules.push_back(layerPrefix(layer) + linear.name);
+    }
+    return modules;
+  }
 };
 
 }  // namespace lora_da

@@ -1,6 +1,5 @@
 #include "model/weights.h"
 
-
 #include "core/error.h"
 #include "core/file_tensor.h"
 

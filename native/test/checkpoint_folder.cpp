@@ -171,18 +171,6 @@ std::vector<TensorSource> readTensorSources(const std::string& folder) {
   return tensors;
 }
 
-std::vector<std::string> linearModules(const DecoderSpec& spec) {
-  std::vector<LinearSpec> linears = spec.attentionInputs;
-  linears.push_back(spec.attentionOutput);
-  linears.insert(linears.end(), spec.mlpInputs.begin(), spec.mlpInputs.end());
-  linears.push_back(spec.mlpOutput);
-  std::vector<std::string> modules;
-  for (int64_t layer = 0; layer < spec.layers; ++layer) {
-    for (const LinearSpec& linear : linears) modules.push_back(spec.layerPrefix(layer) + linear.name);
-  }
-  return modules;
-}
-
 TensorFile::TensorFile(const std::string& path) : path_(path) {
   for (TensorSource& tensor : readHeader(path)) {
     const std::string name = tensor.name;

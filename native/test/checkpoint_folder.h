@@ -17,9 +17,6 @@ DecoderSpec readDecoderSpec(const std::string& folder);
 // The tensors of model.safetensors, or of the files that model.safetensors.index.json names.
 std::vector<TensorSource> readTensorSources(const std::string& folder);
 
-// Full names of all linear modules in layer order.
-std::vector<std::string> linearModules(const DecoderSpec& spec);
-
 // One safetensors file whose tensors are read one by one.
 class TensorFile {
  public:

@@ -47,6 +47,7 @@ class RandomCheckpoint {
     spec.names = {"embed.weight",  "layers.{i}",    "norm1.weight", "norm2.weight",
                   "q_norm.weight", "k_norm.weight", "norm.weight",  "head.weight"};
 
+    modules = spec.linearModules();
     std::ofstream out(path, std::ios::binary);
     add(out, "embed.weight", {61, 24}, 0, 1);
     add(out, "head.weight", {61, 24}, 0, 0.4);
@@ -55,14 +56,9 @@ class RandomCheckpoint {
       const std::string prefix = spec.layerPrefix(layer);
       for (const char* norm : {"norm1.weight", "norm2.weight"}) add(out, prefix + norm, {24}, 1, 0.2);
       for (const char* norm : {"q_norm.weight", "k_norm.weight"}) add(out, prefix + norm, {6}, 1, 0.2);
-      std::vector<LinearSpec> linears = spec.attentionInputs;
-      linears.push_back(spec.attentionOutput);
-      linears.insert(linears.end(), spec.mlpInputs.begin(), spec.mlpInputs.end());
-      linears.push_back(spec.mlpOutput);
-      for (const LinearSpec& linear : linears) {
+      for (const LinearSpec& linear : spec.linears()) {
         add(out, prefix + linear.name + ".weight", {linear.out, linear.in}, 0, 0.3);
         if (linear.bias) add(out, prefix + linear.name + ".bias", {linear.out}, 0, 0.1);
-        modules.push_back(prefix + linear.name);
       }
     }
   }

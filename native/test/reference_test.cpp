@@ -177,7 +177,7 @@ void checkFactors(const ReferenceFolder& reference, const ReferenceStart& start,
 
 void checkStart(Decoder& model, const ReferenceFolder& reference, const ReferenceStart& start, CollectionOrder order) {
   INFO("case ", start.label, ", ", std::string(nameOf(order)));
-  model.addLora(linearModules(reference.spec), start.rank, 1);
+  model.addLora(reference.spec.linearModules(), start.rank, 1);
   AdapterInitialization initialization;
   initialization.method = "lora-da";
   initialization.tokenMask = start.mask;
@@ -189,7 +189,7 @@ void checkStart(Decoder& model, const ReferenceFolder& reference, const Referenc
 }
 
 void writeStartFactors(Decoder& model, const ReferenceFolder& reference, const std::string& label, int64_t rank, float scaling) {
-  model.addLora(linearModules(reference.spec), rank, scaling);
+  model.addLora(reference.spec.linearModules(), rank, scaling);
   const TensorFile adapter(reference.path + "/adapter-" + label + "/adapter_model.safetensors");
   std::vector<AdapterFactors> factors = model.lora()->read(model.device(), LoraSet::Array::value);
   for (AdapterFactors& entry : factors) {
