@@ -124,22 +124,22 @@ void Dense::mirrorLower(double* a, int64_t n) {
 
 // --- Cholesky ------------------------------------------------------------------------------------------------------
 
-size_t Dense::factorBytes(double* a, int64_t n) {
+Dense::WorkspaceBytes Dense::factorWorkspace(double* a, int64_t n) {
   const cusolverDnHandle_t handle = solver();
-  size_t device = 0, host = 0;
-  check(cusolverDnXpotrf_bufferSize(handle, parameters_, triangle, n, CUDA_R_64F, a, n, CUDA_R_64F, &device, &host),
+  WorkspaceBytes bytes;
+  check(cusolverDnXpotrf_bufferSize(handle, parameters_, triangle, n, CUDA_R_64F, a, n, CUDA_R_64F, &bytes.device, &bytes.host),
         "sizing a factorization");
-  return device;
+  return bytes;
+}
+
+size_t Dense::factorBytes(double* a, int64_t n) {
+  return factorWorkspace(a, n).device;
 }
 
 int64_t Dense::factor(double* a, int64_t n, void* workspace, size_t bytes) {
-  const cusolverDnHandle_t handle = solver();
-  size_t device = 0, host = 0;
-  check(cusolverDnXpotrf_bufferSize(handle, parameters_, triangle, n, CUDA_R_64F, a, n, CUDA_R_64F, &device, &host),
-        "sizing a factorization");
-  std::vector<char> hostWorkspace(host);
-  check(cusolverDnXpotrf(handle, parameters_, triangle, n, CUDA_R_64F, a, n, CUDA_R_64F, workspace, bytes, hostWorkspace.data(),
-                         host, info_),
+  std::vector<char> hostWorkspace(factorWorkspace(a, n).host);
+  check(cusolverDnXpotrf(solver(), parameters_, triangle, n, CUDA_R_64F, a, n, CUDA_R_64F, workspace, bytes, hostWorkspace.data(),
+                         hostWorkspace.size(), info_),
         "factoring a matrix");
   const int info = readInfo();
   if (info < 0) lapackSucceeded(info, "potrf");
@@ -184,24 +184,23 @@ void Dense::choleskySolve(const double* factor, int64_t n, double* b, int64_t m)
 
 // --- eigenpairs ----------------------------------------------------------------------------------------------------
 
-size_t Dense::eigenBytes(const Columns& a, double* values) {
+Dense::WorkspaceBytes Dense::eigenWorkspace(const Columns& a, double* values) {
   const cusolverDnHandle_t handle = solver();
-  size_t device = 0, host = 0;
+  WorkspaceBytes bytes;
   check(cusolverDnXsyevd_bufferSize(handle, parameters_, CUSOLVER_EIG_MODE_VECTOR, triangle, a.rows, CUDA_R_64F, a.data,
-                                    a.leading, CUDA_R_64F, values, CUDA_R_64F, &device, &host),
+                                    a.leading, CUDA_R_64F, values, CUDA_R_64F, &bytes.device, &bytes.host),
         "sizing an eigensolver");
-  return device;
+  return bytes;
+}
+
+size_t Dense::eigenBytes(const Columns& a, double* values) {
+  return eigenWorkspace(a, values).device;
 }
 
 void Dense::eigenpairs(const Columns& a, double* values, void* workspace, size_t bytes) {
-  const cusolverDnHandle_t handle = solver();
-  size_t device = 0, host = 0;
-  check(cusolverDnXsyevd_bufferSize(handle, parameters_, CUSOLVER_EIG_MODE_VECTOR, triangle, a.rows, CUDA_R_64F, a.data,
-                                    a.leading, CUDA_R_64F, values, CUDA_R_64F, &device, &host),
-        "sizing an eigensolver");
-  std::vector<char> hostWorkspace(host);
-  check(cusolverDnXsyevd(handle, parameters_, CUSOLVER_EIG_MODE_VECTOR, triangle, a.rows, CUDA_R_64F, a.data, a.leading,
-                         CUDA_R_64F, values, CUDA_R_64F, workspace, bytes, hostWorkspace.data(), host, info_),
+  std::vector<char> hostWorkspace(eigenWorkspace(a, values).host);
+  check(cusolverDnXsyevd(solver(), parameters_, CUSOLVER_EIG_MODE_VECTOR, triangle, a.rows, CUDA_R_64F, a.data, a.leading,
+                         CUDA_R_64F, values, CUDA_R_64F, workspace, bytes, hostWorkspace.data(), hostWorkspace.size(), info_),
         "finding eigenpairs");
   lapackSucceeded(readInfo(), "syevd");
 }

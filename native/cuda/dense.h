@@ -57,6 +57,12 @@ class Dense {
   Queue& queue() { return queue_; }
 
  private:
+  struct WorkspaceBytes {
+    size_t device = 0, host = 0;
+  };
+
+  WorkspaceBytes factorWorkspace(double* a, int64_t n);
+  WorkspaceBytes eigenWorkspace(const Columns& a, double* values);
   cublasHandle_t blas();
   cusolverDnHandle_t solver();
   int readInfo();

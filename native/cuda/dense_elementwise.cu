@@ -12,6 +12,8 @@
 #include <type_traits>
 
 #include "cuda/cuda_device.h"
+#include "cuda/dense_elementwise.h"
+#include "cuda/vector_access.h"
 
 namespace lora_da::cuda {
 
@@ -20,10 +22,7 @@ namespace {
 constexpr int threads = 256;
 // Several waves of blocks on the largest GPUs; beyond them a thread takes more than one vector.
 constexpr int64_t mostBlocks = 8192;
-constexpr size_t vectorBytes = 16;
-
-template <class T>
-constexpr int fullWidth = static_cast<int>(vectorBytes / sizeof(T));
+constexpr int64_t vectorBytes = 16;
 
 template <class T, int width>
 struct alignas(sizeof(T) * width) Vector {
@@ -124,10 +123,6 @@ __global__ void __launch_bounds__(threads) scaledTransposeKernel(const float* __
   });
 }
 
-bool isAligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % vectorBytes == 0;
-}
-
 unsigned blocksFor(int64_t count, int width) {
   const int64_t elements = static_cast<int64_t>(threads) * width;
   return static_cast<unsigned>(std::min(mostBlocks, (count + elements - 1) / elements));
@@ -138,7 +133,7 @@ template <class Call>
 void withElements(const char* operation, const Matrix& x, const Call& call) {
   const auto byAlignment = [&](auto* elements) {
     constexpr int wide = fullWidth<std::remove_pointer_t<decltype(elements)>>;
-    if (isAligned(elements)) return call(elements, std::integral_constant<int, wide>{});
+    if (isAligned(elements, vectorBytes)) return call(elements, std::integral_constant<int, wide>{});
     return call(elements, std::integral_constant<int, 1>{});
   };
   if (x.dtype == DType::f64) return byAlignment(x.as<double>());
@@ -157,19 +152,24 @@ void CudaDevice::scale(const Matrix& x, double factor) {
 }
 
 void CudaDevice::blend(double* a, double alpha, const double* b, double beta, int64_t count) {
-  const bool wide = isAligned(a) && isAligned(b);
+  const bool wide = isAligned(a, vectorBytes) && isAligned(b, vectorBytes);
   constexpr int width = fullWidth<double>;
   queue_.launch("blend", wide ? blendKernel<width> : blendKernel<1>, blocksFor(count, wide ? width : 1), threads, 0, a, alpha, b,
                 beta, count);
 }
 
+void addToDiagonal(Queue& queue, double* a, int64_t n, double value) {
+  queue.launch("addToDiagonal", addToDiagonalKernel, blocksFor(n, 1), threads, 0, a, n, value);
+}
+
 void CudaDevice::addToDiagonal(double* a, int64_t n, double value) {
-  queue_.launch("addToDiagonal", addToDiagonalKernel, blocksFor(n, 1), threads, 0, a, n, value);
+  cuda::addToDiagonal(queue_, a, n, value);
 }
 
 void CudaDevice::scaledTranspose(const float* x, int64_t rows, int64_t cols, const double* scale, double* y) {
   constexpr int readWidth = fullWidth<float>, writeWidth = fullWidth<double>;
-  const bool wideReads = isAligned(x) && cols % readWidth == 0, wideWrites = isAligned(y) && rows % writeWidth == 0;
+  const bool wideReads = isAligned(x, vectorBytes) && cols % readWidth == 0;
+  const bool wideWrites = isAligned(y, vectorBytes) && rows % writeWidth == 0;
   const auto kernel = wideReads
                           ? (wideWrites ? scaledTransposeKernel<readWidth, writeWidth> : scaledTransposeKernel<readWidth, 1>)
                           : (wideWrites ? scaledTransposeKernel<1, writeWidth> : scaledTransposeKernel<1, 1>);

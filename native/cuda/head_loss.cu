@@ -8,13 +8,15 @@
 #include <cfloat>
 
 #include "cuda/cuda_device.h"
+#include "cuda/reduction.h"
+#include "cuda/vector_access.h"
 
 namespace lora_da::cuda {
 
 namespace {
 
 constexpr int rowThreads = 1024;
-constexpr int warps = rowThreads / 32;
+constexpr int warps = rowThreads / warpThreads;
 constexpr int sumThreads = 512;
 
 // Chunks are deep enough for the products with the head to be bound by arithmetic, and small beside a GPU's memory.
@@ -47,10 +49,10 @@ __device__ inline Exponentials merge(Exponentials a, Exponentials b) {
 }
 
 __device__ inline Exponentials mergeWarp(Exponentials value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
+  for (int offset = warpThreads / 2; offset > 0; offset /= 2) {
     Exponentials other;
-    other.largest = __shfl_xor_sync(0xffffffffu, value.largest, offset);
-    other.sum = __shfl_xor_sync(0xffffffffu, value.sum, offset);
+    other.largest = __shfl_xor_sync(allLanes, value.largest, offset);
+    other.sum = __shfl_xor_sync(allLanes, value.sum, offset);
     value = merge(value, other);
   }
   return value;
@@ -58,7 +60,7 @@ __device__ inline Exponentials mergeWarp(Exponentials value) {
 
 // Of the whole block, for every thread. `shared` has room for one value a warp.
 __device__ inline Exponentials mergeBlock(Exponentials value, Exponentials* shared) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / warpThreads, lane = static_cast<int>(threadIdx.x) % warpThreads;
   value = mergeWarp(value);
   if (lane == 0) shared[warp] = value;
   __syncthreads();
@@ -71,16 +73,6 @@ __device__ inline float4 loadLogits(const float* row, int first, int vocabulary)
   const float nothing = -INFINITY;
   return {row[first], first + 1 < vocabulary ? row[first + 1] : nothing, first + 2 < vocabulary ? row[first + 2] : nothing,
           nothing};
-}
-
-__device__ inline void storeVector(float* row, int first, float4 values) {
-  *reinterpret_cast<float4*>(row + first) = values;
-}
-__device__ inline void storeVector(__nv_bfloat16* row, int first, float4 values) {
-  const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(values.x, values.y), __floats2bfloat162_rn(values.z, values.w)};
-  uint2 bits;
-  memcpy(&bits, pairs, sizeof bits);
-  *reinterpret_cast<uint2*>(row + first) = bits;
 }
 
 // One block a row. Both strides are multiples of strideGrain, so that whole vectors are stored where a row ends. A thread reads
@@ -113,23 +105,18 @@ __global__ void __launch_bounds__(rowThreads)
   Gradient* rowGradient = gradient + row * gradientStride;
   for (int i = first; i < vocabulary; i += rowThreads * 4) {
     const float4 four = kept ? keptLogits[i / 4] : loadLogits(rowLogits, i, vocabulary);
-    storeVector(rowGradient, i,
-                {derivative(four.x, i), derivative(four.y, i + 1), derivative(four.z, i + 2), derivative(four.w, i + 3)});
+    store<4>(rowGradient + i,
+             Floats<4>{{derivative(four.x, i), derivative(four.y, i + 1), derivative(four.z, i + 2), derivative(four.w, i + 3)}});
   }
 }
 
 // One block: a step has a few thousand losses.
 __global__ void __launch_bounds__(sumThreads)
     sumLossesKernel(const float* losses, const float* scale, int64_t count, double* total) {
-  auto* shared = sharedMemory<double>();
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += sumThreads) sum += static_cast<double>(losses[i]) * static_cast<double>(scale[i]);
-  shared[threadIdx.x] = sum;
-  for (unsigned half = sumThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) total[0] += shared[0];
+  sum = sumOfBlock<sumThreads>(sum, sharedMemory<double>());
+  if (threadIdx.x == 0) total[0] += sum;
 }
 
 int64_t roundUp(int64_t value, int64_t grain) {
@@ -197,15 +184,15 @@ void CudaDevice::headLoss(const Matrix& x, const Weight& head, const int32_t* ta
     const Matrix gradient{chunk.gradientBytes == 0 ? memory : memory + chunk.logitBytes, computeType_, count, vocabulary,
                           chunk.stride};
     linear(x.rowRange(first, count), head, nullptr, nullptr, nullptr, nullptr, logits);
-    const auto loss = computeType_ == DType::bf16 ? crossEntropy<__nv_bfloat16> : crossEntropy<float>;
+    const auto loss = computeType_ == DType::bf16 ? crossEntropy<Bf16> : crossEntropy<float>;
     loss(queue_, logits, targets + first, rowScale ? rowScale + first : nullptr, losses + first, dx ? &gradient : nullptr);
     if (dx) linearInputGrad(gradient, head, nullptr, nullptr, dx->rowRange(first, count));
   }
 }
 
 void CudaDevice::sumLosses(const float* losses, const float* scale, int64_t count, double* total) {
-  queue_.launch("sumLosses", sumLossesKernel, dim3(1), dim3(sumThreads), sumThreads * sizeof(double), losses, scale, count,
-                total);
+  queue_.launch("sumLosses", sumLossesKernel, dim3(1), dim3(sumThreads), sumThreads / warpThreads * sizeof(double), losses, scale,
+                count, total);
 }
 
 }  // namespace lora_da::cuda

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cuda/dense_elementwise.h"
 #include "cuda/lowest_eigenpairs.h"
 
 namespace lora_da::cuda {
@@ -46,12 +47,6 @@ __global__ void __launch_bounds__(threads) residualKernel(double* r, const doubl
   if (row >= n) return;
   const int64_t i = blockIdx.y * n + row;
   r[i] -= values[blockIdx.y] * v[i];
-}
-
-// The diagonal of a [n, n] -= shift.
-__global__ void __launch_bounds__(threads) shiftKernel(double* a, int64_t n, double shift) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  if (i < n) a[i * n + i] -= shift;
 }
 
 unsigned blocksFor(int64_t count) {
@@ -301,7 +296,7 @@ void LowestEigenpairs::rememberVectors(bool shrunk) {
 void LowestEigenpairs::formShifted(const Columns& moved, double shift) {
   queue_.copy(inverse_.data, a_.data, static_cast<size_t>(n_ * n_) * sizeof(double));
   if (moved.cols > 0) dense_.addOuter(moved, 2 * norm_, inverse_);
-  queue_.launch("lowestEigenpairs", shiftKernel, dim3(blocksFor(n_)), dim3(threads), 0, inverse_.data, n_, shift);
+  addToDiagonal(queue_, inverse_.data, n_, -shift);
 }
 
 bool LowestEigenpairs::invertShifted(double shift, int64_t first) {

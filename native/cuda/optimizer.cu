@@ -55,10 +55,6 @@ __device__ inline Chunk chunkOf(const Tensors& tensors, int block) {
   return {tensor, first, static_cast<int>(left < chunkSize ? left : chunkSize)};
 }
 
-__device__ inline bool aligned(const void* pointer, int bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-}
-
 // body(i, width) with the width as a constant, for the thread's vectors and what elements are left, or for single elements.
 template <class Body>
 __device__ inline void overChunk(int count, bool inVectors, const Body& body) {
@@ -71,7 +67,7 @@ __global__ void __launch_bounds__(chunkThreads) squaredNormKernel(const __grid_c
   const Chunk chunk = chunkOf(tensors, static_cast<int>(blockIdx.x));
   const float* grad = tensors.parameter[chunk.tensor].grad + chunk.first;
   double sum = 0;
-  overChunk(chunk.count, aligned(grad, 16), [&](int i, auto constant) {
+  overChunk(chunk.count, isAligned(grad, 16), [&](int i, auto constant) {
     constexpr int width = decltype(constant)::value;
     const Floats<width> g = load<width>(grad + i);
 #pragma unroll
@@ -131,8 +127,8 @@ __global__ void __launch_bounds__(chunkThreads) adamwKernel(const __grid_constan
   if (!f.applies) return;
   const Chunk chunk = chunkOf(tensors, static_cast<int>(blockIdx.x));
   const Parameter& p = tensors.parameter[chunk.tensor];
-  const bool inVectors = aligned(p.value, 16) && aligned(p.grad, 16) && aligned(p.firstMoment, 16) &&
-                         aligned(p.secondMoment, 16) && aligned(p.shadow, 8);
+  const bool inVectors = isAligned(p.value, 16) && isAligned(p.grad, 16) && isAligned(p.firstMoment, 16) &&
+                         isAligned(p.secondMoment, 16) && isAligned(p.shadow, 8);
   overChunk(chunk.count, inVectors, [&](int i, auto constant) { update<decltype(constant)::value>(p, chunk.first + i, f); });
 }
 

@@ -34,7 +34,7 @@ Rows<T> rowsOf(const Matrix* optional) {
 template <class T>
 inline constexpr int fullWidth = 16 / static_cast<int>(sizeof(T));
 
-inline bool isAligned(const void* pointer, int64_t bytes) {
+__host__ __device__ inline bool isAligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 // Whether every row can be read `width` elements at a time.
