@@ -11,29 +11,10 @@ using namespace lora_da::test;
 
 namespace {
 
-// An array on the device that starts as `values`; `offset` elements before it make it as badly aligned as a module's rows may be.
 template <class T>
-class OnDevice {
- public:
-  OnDevice(Device& device, std::vector<T> values, size_t offset = 0) : offset_(offset), memory_(device, padded(values, offset)) {}
-  T* get() const { return memory_.data() + offset_; }
-  Matrix view(int64_t rows, int64_t cols) const {
-    return {get(), std::is_same_v<T, float> ? DType::f32 : DType::f64, rows, cols, cols};
-  }
-  std::vector<T> read() const {
-    const std::vector<T>& values = memory_.host();
-    return {values.begin() + static_cast<int64_t>(offset_), values.end()};
-  }
-
- private:
-  static std::vector<T> padded(std::vector<T> values, size_t offset) {
-    values.insert(values.begin(), offset, T(0));
-    return values;
-  }
-
-  size_t offset_;
-  DeviceVector<T> memory_;
-};
+Matrix view(const DeviceVector<T>& values, int64_t rows, int64_t cols) {
+  return {values.data(), std::is_same_v<T, float> ? DType::f32 : DType::f64, rows, cols, cols};
+}
 
 template <class T>
 std::vector<T> randomValues(int64_t count, std::mt19937_64& random) {
@@ -56,11 +37,11 @@ void checkScale(Device& device, std::mt19937_64& random) {
     for (const size_t offset : {0, 1}) {
       const std::vector<T> before = randomValues<T>(rows * cols, random);
       const double factor = 1.0 / 37;
-      const OnDevice<T> x(device, before, offset);
-      device.scale(x.view(rows, cols), factor);
+      const DeviceVector<T> x(device, before, offset);
+      device.scale(view(x, rows, cols), factor);
       std::vector<T> expected = before;
       for (T& value : expected) value = static_cast<T>(static_cast<double>(value) * factor);
-      CHECK(x.read() == expected);
+      CHECK(x.host() == expected);
     }
   }
 }
@@ -72,16 +53,16 @@ void checkCount(Device& device, std::mt19937_64& random) {
     for (const size_t offset : {0, 1}) {
       std::vector<T> values = randomValues<T>(rows * cols, random);
       values.front() = std::numeric_limits<T>::max();
-      CHECK(device.countNonFinite(OnDevice<T>(device, values, offset).view(rows, cols)) == 0);
+      CHECK(device.countNonFinite(view(DeviceVector<T>(device, values, offset), rows, cols)) == 0);
       int64_t expected = 0;
       for (const T bad : {infinity, -infinity, notANumber}) {
         T& value = values[random() % values.size()];
         expected += std::isfinite(value);
         value = bad;
       }
-      CHECK(device.countNonFinite(OnDevice<T>(device, values, offset).view(rows, cols)) == expected);
+      CHECK(device.countNonFinite(view(DeviceVector<T>(device, values, offset), rows, cols)) == expected);
       std::fill(values.begin(), values.end(), notANumber);
-      CHECK(device.countNonFinite(OnDevice<T>(device, values, offset).view(rows, cols)) == rows * cols);
+      CHECK(device.countNonFinite(view(DeviceVector<T>(device, values, offset), rows, cols)) == rows * cols);
     }
   }
 }
@@ -92,11 +73,11 @@ DEVICE_TEST_CASE("copies are whole, and of nothing nothing") {
   const auto device = tested.make(DType::f32);
   std::mt19937_64 random(freshSeed());
   const std::vector<double> values = randomValues<double>(1031, random);
-  const OnDevice<double> from(*device, values), to(*device, undefined(1031));
-  device->copy(to.get(), from.get(), 0);
-  CHECK(std::isnan(to.read().front()));
-  device->copy(to.get(), from.get(), values.size() * sizeof(double));
-  CHECK(to.read() == values);
+  const DeviceVector<double> from(*device, values), to(*device, undefined(1031));
+  device->copy(to.data(), from.data(), 0);
+  CHECK(std::isnan(to.host().front()));
+  device->copy(to.data(), from.data(), values.size() * sizeof(double));
+  CHECK(to.host() == values);
 }
 
 DEVICE_TEST_CASE("scaling multiplies in float64 and rounds once") {
@@ -116,9 +97,9 @@ DEVICE_TEST_CASE("a blend is the weighted sum of both arrays") {
   for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{511}, int64_t{512}, int64_t{40001}}) {
     for (const size_t offset : {0, 1}) {
       const std::vector<double> a = randomValues<double>(count, random), b = randomValues<double>(count, random);
-      const OnDevice<double> onDevice(*device, a, offset), other(*device, b);
-      device->blend(onDevice.get(), -0.75, other.get(), 1e3, count);
-      const std::vector<double> result = onDevice.read();
+      const DeviceVector<double> onDevice(*device, a, offset), other(*device, b);
+      device->blend(onDevice.data(), -0.75, other.data(), 1e3, count);
+      const std::vector<double> result = onDevice.host();
       double worst = 0;
       for (size_t i = 0; i < result.size(); ++i) {
         const Real first = -0.75L * static_cast<Real>(a[i]), second = 1e3L * static_cast<Real>(b[i]);
@@ -126,7 +107,7 @@ DEVICE_TEST_CASE("a blend is the weighted sum of both arrays") {
             std::max(worst, static_cast<double>(std::abs(result[i] - (first + second)) / (std::abs(first) + std::abs(second))));
       }
       CHECK(worst < 3e-16);
-      CHECK(other.read() == b);
+      CHECK(other.host() == b);
     }
   }
 }
@@ -136,10 +117,10 @@ DEVICE_TEST_CASE("a value is added to the diagonal and nowhere else") {
   std::mt19937_64 random(freshSeed());
   for (const int64_t n : {1, 7, 300}) {
     std::vector<double> expected = randomValues<double>(n * n, random);
-    const OnDevice<double> a(*device, expected);
-    device->addToDiagonal(a.get(), n, 1e-6);
+    const DeviceVector<double> a(*device, expected);
+    device->addToDiagonal(a.data(), n, 1e-6);
     for (int64_t i = 0; i < n; ++i) expected[static_cast<size_t>(i * n + i)] += 1e-6;
-    CHECK(a.read() == expected);
+    CHECK(a.host() == expected);
   }
 }
 
@@ -152,9 +133,9 @@ DEVICE_TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
     for (const size_t offset : {0, 1}) {
       const std::vector<float> x = randomValues<float>(rows * cols, random);
       const std::vector<double> scale = randomValues<double>(rows, random);
-      const OnDevice<float> from(*device, x, offset);
-      const OnDevice<double> scales(*device, scale), to(*device, undefined(rows * cols), offset);
-      device->scaledTranspose(from.get(), rows, cols, scales.get(), to.get());
+      const DeviceVector<float> from(*device, x, offset);
+      const DeviceVector<double> scales(*device, scale), to(*device, undefined(rows * cols), offset);
+      device->scaledTranspose(from.data(), rows, cols, scales.data(), to.data());
       std::vector<double> expected(x.size());
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
@@ -162,7 +143,7 @@ DEVICE_TEST_CASE("a scaled transpose overwrites, from rows of any alignment") {
               scale[static_cast<size_t>(i)] * static_cast<double>(x[static_cast<size_t>(i * cols + j)]);
         }
       }
-      CHECK(to.read() == expected);
+      CHECK(to.host() == expected);
     }
   }
 }
@@ -187,12 +168,12 @@ DEVICE_TEST_CASE("a float64 product with one column overwrites or adds, for any 
         const int64_t inner = side == Transpose::no ? cols : rows, outer = side == Transpose::no ? rows : cols;
         const std::vector<double> a = randomValues<double>(rows * (cols + extra), random),
                                   x = randomValues<double>(inner * (1 + extra), random);
-        const OnDevice<double> matrix(*device, a), column(*device, x), y(*device, undefined(outer * (1 + extra)));
-        const Matrix left{matrix.get(), DType::f64, rows, cols, cols + extra},
-            right{column.get(), DType::f64, inner, 1, 1 + extra}, result{y.get(), DType::f64, outer, 1, 1 + extra};
+        const DeviceVector<double> matrix(*device, a), column(*device, x), y(*device, undefined(outer * (1 + extra)));
+        const Matrix left{matrix.data(), DType::f64, rows, cols, cols + extra},
+            right{column.data(), DType::f64, inner, 1, 1 + extra}, result{y.data(), DType::f64, outer, 1, 1 + extra};
         device->matmul(side, left, Transpose::no, right, 1.0f, false, result);
         device->matmul(side, left, Transpose::no, right, -3.0f, true, result);
-        const std::vector<double> found = y.read();
+        const std::vector<double> found = y.host();
         double worst = 0;
         for (int64_t i = 0; i < outer; ++i) {
           Real sum = 0, size = 0;
