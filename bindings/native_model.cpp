@@ -93,22 +93,22 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
           NativeModel* self, ModelState& state, uint64_t call) -> ResultMaker {
         const DeviceChoice choice = chooseDevice(asked.device);
         DeviceOptions options = asked;
-        options.device = choice.device;
         options.computeType = dtype == "bfloat16" || (dtype == "auto" && choice.bfloat16) ? DType::bf16 : DType::f32;
-        state.engine.model = std::make_unique<Decoder>(spec, tensors, makeDevice(options), [&](int64_t done, int64_t total) {
-          state.notify(call, [done, total](Napi::Env env) -> std::vector<napi_value> {
-            return {toNumber(env, done), toNumber(env, total)};
-          });
-        });
+        state.engine.model =
+            std::make_unique<Decoder>(spec, tensors, makeDevice(choice, options), [&](int64_t done, int64_t total) {
+              state.notify(call, [done, total](Napi::Env env) -> std::vector<napi_value> {
+                return {toNumber(env, done), toNumber(env, total)};
+              });
+            });
         Decoder& model = *state.engine.model;
-        return [self, options, note = choice.note, name = model.device().name(), parameters = model.parameters(),
+        return [self, choice, options, name = model.device().name(), parameters = model.parameters(),
                 weightBytes = static_cast<int64_t>(model.weightBytes())](Napi::Env env) -> Napi::Value {
           auto description = Napi::Object::New(env);
-          description.Set("device", options.device);
+          description.Set("device", choice.device);
           description.Set("deviceName", name);
-          description.Set("deviceNote", note);
+          description.Set("deviceNote", choice.note);
           description.Set("dtype", nameOf(options.computeType));
-          description.Set("threads", options.device != "cpu" ? 0 : options.threads > 0 ? options.threads : physicalCores());
+          description.Set("threads", choice.device != "cpu" ? 0 : options.threads > 0 ? options.threads : physicalCores());
           description.Set("parameters", toNumber(env, parameters));
           description.Set("weightBytes", toNumber(env, weightBytes));
           self->info_ = Napi::Persistent(description);

@@ -59,8 +59,12 @@ DeviceReport describeDevices() {
 }
 
 std::unique_ptr<Device> makeDevice(const DeviceOptions& options) {
+  return makeDevice(chooseDevice(options.device), options);
+}
+
+std::unique_ptr<Device> makeDevice(const DeviceChoice& choice, const DeviceOptions& options) {
   DeviceOptions chosen = options;
-  chosen.device = chooseDevice(options.device).device;
+  chosen.device = choice.device;
   std::unique_ptr<Device> device = chosen.device == "cpu" ? makeCpuDevice(chosen) : CudaLibrary::open().make(chosen);
   if (!options.profile) return device;
   return std::make_unique<ProfiledDevice>(std::move(device));

@@ -23,6 +23,9 @@ struct DeviceChoice {
 // be had.
 DeviceChoice chooseDevice(const std::string& asked);
 
+// makeDevice of device.h for a device that is chosen already; options.device is not looked at.
+std::unique_ptr<Device> makeDevice(const DeviceChoice& choice, const DeviceOptions& options);
+
 // The machine's devices, the CPU first. Where there is no CUDA device, one by the name "cuda" says why.
 DeviceReport describeDevices();
 
