@@ -104,10 +104,7 @@ cublasStatus_t cublasDgemm_v2(cublasHandle_t handle, cublasOperation_t transa, c
   const Operand b = matrix("B", B, isTranspose(transb) ? n : k, isTranspose(transb) ? k : n, ldb);
   const Operand c = matrix("C", C, m, n, ldc);
   if (!a.leadingFits() || !b.leadingFits() || !c.leadingFits()) return CUBLAS_STATUS_INVALID_VALUE;
-  for (const Operand& operand : {a, b, c}) {
-    if (!cuda_sim::inDeviceMemory("cublasDgemm", operand)) return CUBLAS_STATUS_EXECUTION_FAILED;
-  }
-  if (!cuda_sim::apart("cublasDgemm", c, a) || !cuda_sim::apart("cublasDgemm", c, b)) return CUBLAS_STATUS_EXECUTION_FAILED;
+  if (!cuda_sim::placed("cublasDgemm", c, {a, b})) return CUBLAS_STATUS_EXECUTION_FAILED;
   const auto work = [=, alpha = *alpha, beta = *beta] {
     cblas_dgemm(CblasColMajor, blas(transa), blas(transb), m, n, k, alpha, A, lda, B, ldb, beta, C, ldc);
   };
@@ -122,10 +119,7 @@ cublasStatus_t cublasDsyrk_v2(cublasHandle_t handle, cublasFillMode_t uplo, cubl
   const Operand a = matrix("A", A, isTranspose(trans) ? k : n, isTranspose(trans) ? n : k, lda);
   const Operand c = matrix("C", C, n, n, ldc);
   if (!a.leadingFits() || !c.leadingFits()) return CUBLAS_STATUS_INVALID_VALUE;
-  for (const Operand& operand : {a, c}) {
-    if (!cuda_sim::inDeviceMemory("cublasDsyrk", operand)) return CUBLAS_STATUS_EXECUTION_FAILED;
-  }
-  if (!cuda_sim::apart("cublasDsyrk", c, a)) return CUBLAS_STATUS_EXECUTION_FAILED;
+  if (!cuda_sim::placed("cublasDsyrk", c, {a})) return CUBLAS_STATUS_EXECUTION_FAILED;
   const auto work = [=, alpha = *alpha, beta = *beta] {
     cblas_dsyrk(CblasColMajor, blas(uplo), blas(trans), n, k, alpha, A, lda, beta, C, ldc);
   };
@@ -144,10 +138,7 @@ cublasStatus_t cublasDtrsm_v2(cublasHandle_t handle, cublasSideMode_t side, cubl
   const int order = left ? m : n;
   const Operand a = matrix("A", A, order, order, lda), b = matrix("B", B, m, n, ldb);
   if (!a.leadingFits() || !b.leadingFits()) return CUBLAS_STATUS_INVALID_VALUE;
-  for (const Operand& operand : {a, b}) {
-    if (!cuda_sim::inDeviceMemory("cublasDtrsm", operand)) return CUBLAS_STATUS_EXECUTION_FAILED;
-  }
-  if (!cuda_sim::apart("cublasDtrsm", b, a)) return CUBLAS_STATUS_EXECUTION_FAILED;
+  if (!cuda_sim::placed("cublasDtrsm", b, {a})) return CUBLAS_STATUS_EXECUTION_FAILED;
   const auto work = [=, alpha = *alpha] {
     cblas_dtrsm(CblasColMajor, left ? CblasLeft : CblasRight, blas(uplo), blas(trans),
                 diag == CUBLAS_DIAG_UNIT ? CblasUnit : CblasNonUnit, m, n, alpha, A, lda, B, ldb);

@@ -49,6 +49,15 @@ inline bool apart(const std::string& routine, const Operand& written, const Oper
   return false;
 }
 
+// What `written` and `read` are must lie in device memory, and the former apart from the latter.
+inline bool placed(const std::string& routine, const Operand& written, const std::vector<Operand>& read) {
+  if (!inDeviceMemory(routine, written)) return false;
+  for (const Operand& operand : read) {
+    if (!inDeviceMemory(routine, operand) || !apart(routine, written, operand)) return false;
+  }
+  return true;
+}
+
 // What a library leaves in its workspace is nobody's business.
 inline void spoil(void* memory, size_t bytes) {
   std::fill_n(static_cast<unsigned char*>(memory), bytes, static_cast<unsigned char>(0xFF));
