@@ -57,17 +57,23 @@ struct Segment {
   int32_t stop;
 };
 
-// body(segment) for each sequence that has rows in [from, to), then padding(first, to) if padding rows follow.
+// body(segment) for each sequence that has rows in [from, to), then padding(first, to) if padding rows follow. No copy of this
+// thread's is under way any more when it returns: where there was nothing but padding, no body has waited for the block's own
+// tile, and the memory is about to be another block's.
 template <class Body, class Padding>
 __device__ inline void overSegments(const AttentionProblem& problem, int32_t from, int32_t to, const Body& body,
                                     const Padding& padding) {
   for (int32_t row = from; row < to;) {
     const int32_t end = problem.rowEnd[row];
-    if (end == row) return padding(row, to);
+    if (end == row) {
+      padding(row, to);
+      break;
+    }
     const Segment segment{problem.rowFirst[row], end, row, min(end, to)};
     body(segment);
     row = segment.stop;
   }
+  waitCopies<0>();
 }
 
 // Keys that the queries of a segment see, in tiles of `columns`. The tiles end at the segment's last row, so that only the last
