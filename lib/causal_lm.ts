@@ -155,23 +155,23 @@ export class CausalLM {
     checkAborted(signal);
     const checkpoint = await openCheckpoint(directory, { signal });
     checkAborted(signal);
-    const tokenizer = (await exists(join(directory, 'tokenizer.json')))
-      ? await Tokenizer.load(directory, { signal })
-      : undefined;
-    let engine: NativeModel | undefined;
+    const { spec, tensors, stopIds } = checkpoint;
+    const hasTokenizer = await exists(join(directory, 'tokenizer.json'));
+    // Side by side: each takes a thread of its own.
+    const [tokenizer, engine] = await Promise.allSettled([
+      hasTokenizer ? Tokenizer.load(directory, { signal }) : undefined,
+      native().loadModel({ spec, tensors, dtype, device, threads, packBudget: -1 }, onProgress),
+    ]);
     try {
-      const { spec, tensors, stopIds } = checkpoint;
-      engine = await native().loadModel({ spec, tensors, dtype, device, threads, packBudget: -1 }, onProgress);
       checkAborted(signal);
       return new CausalLM({
         checkpoint,
-        native: engine,
-        tokenizer,
-        stopIds: [...new Set([...stopIds, ...(tokenizer?.eosIds ?? [])])],
+        native: resultOf(engine),
+        tokenizer: resultOf(tokenizer),
+        stopIds: [...new Set([...stopIds, ...(resultOf(tokenizer)?.eosIds ?? [])])],
       });
     } catch (error) {
-      await engine?.dispose();
-      await tokenizer?.dispose();
+      for (const loaded of [tokenizer, engine]) if (loaded.status === 'fulfilled') await loaded.value?.dispose();
       throw error;
     }
   }
@@ -456,4 +456,9 @@ async function exists(path: string): Promise<boolean> {
     () => true,
     () => false,
   );
+}
+
+function resultOf<T>(settled: PromiseSettledResult<T>): T {
+  if (settled.status === 'rejected') throw settled.reason;
+  return settled.value;
 }

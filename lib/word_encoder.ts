@@ -35,22 +35,30 @@ interface LibraryDecoder {
 const rememberedPieces = 1 << 17;
 const longestPiece = 64;
 
-/** Splitting patterns in which no match crosses from a character that is not white space to a space. */
-const knownPatterns = new Set([
+/**
+ * Splitting patterns in which no match crosses from a character that is not white space to a space, and none joins digits with
+ * other characters. The second holds one digit at most.
+ */
+const knownPatterns = [
   // Llama 3, cl100k
   "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
   // Qwen 2, 3
   "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-]);
+] as const;
+const [, oneDigitPattern] = knownPatterns;
 
 type Cutter = 'spaces' | 'metaspaces' | 'none';
 
 /** Encodes text without special tokens, as the library does. */
 export class WordEncoder {
   private readonly pieces = new Map<string, number[]>();
+  /** The ids of each word that the pre-tokenizer makes of a piece: unusual pieces (`(3*12)=36`) are made of usual words. */
+  private readonly words = new Map<string, number[]>();
   /** Where text is cut. */
   readonly cutter: Cutter;
-  private readonly addedFirst: RegExp | undefined;
+  /** Each digit is a word of its own. */
+  private readonly splitsDigits: boolean;
+  private readonly addedBeginning: RegExp | undefined;
   private readonly hasNormalizedAdded: boolean;
 
   /** @param json  the tokenizer.json that `library` was made from */
@@ -59,14 +67,15 @@ export class WordEncoder {
     json: Record<string, unknown>,
   ) {
     this.cutter = chooseCutter(library, json);
-    this.addedFirst = firstCharacters(library.added_tokens.map(({ content }) => content));
+    this.splitsDigits = preTokenizers(json.pre_tokenizer).some(splitsDigits);
+    this.addedBeginning = beginnings(library.added_tokens.map(({ content }) => content));
     this.hasNormalizedAdded = Object.keys(library.splitter_normalized.trie).length > 0;
   }
 
   encode(text: string): number[] {
     if (this.cutter === 'none') return this.library.encode(text, { add_special_tokens: false }).ids;
     const out: number[] = [];
-    this.splitAtAdded(text, this.addedFirst, this.library.splitter_unnormalized, out, (section, i) => {
+    this.splitAtAdded(text, this.addedBeginning, this.library.splitter_unnormalized, out, (section, i) => {
       const normalized = this.library.normalizer ? this.library.normalizer(section) : section;
       if (!this.hasNormalizedAdded) this.encodeSection(normalized, i, out);
       else {
@@ -81,13 +90,13 @@ export class WordEncoder {
   /** Ids of added tokens go to `out`; the text between them to `rest`, trimmed where a token asks for it. */
   private splitAtAdded(
     text: string,
-    first: RegExp | undefined,
+    beginning: RegExp | undefined,
     splitter: { split(text: string): string[] },
     out: number[],
     rest: (section: string, index: number) => void,
   ): void {
     if (text.length === 0) return;
-    if (first && !first.test(text)) {
+    if (beginning && !beginning.test(text)) {
       rest(text, 0);
       return;
     }
@@ -115,22 +124,39 @@ export class WordEncoder {
     }
   }
 
-  /** A piece begins at each space that stands between two characters that are not white space. */
   private encodeCutAtSpaces(text: string, sectionIndex: number, out: number[]): void {
     let begin = 0;
-    for (let at = text.indexOf(' ', 1); at !== -1; at = text.indexOf(' ', at + 1)) {
-      if (isSpace(text.charCodeAt(at - 1)) || at + 1 >= text.length || isSpace(text.charCodeAt(at + 1))) continue;
+    for (let at = 1; at < text.length; at++) {
+      if (!this.isBorder(text, at)) continue;
       this.encodePiece(text.slice(begin, at), sectionIndex, out);
       begin = at;
     }
     this.encodePiece(begin === 0 ? text : text.slice(begin), sectionIndex, out);
   }
 
+  /**
+   * A piece begins at a space that stands between two characters that are not white space, and, within ASCII, where digits meet
+   * letters or marks and where a mark follows a letter.
+   */
+  private isBorder(text: string, at: number): boolean {
+    const kind = kinds[text.charCodeAt(at)]!;
+    const before = kinds[text.charCodeAt(at - 1)]!;
+    if (before === Kind.space) return false;
+    if (kind === Kind.space) {
+      return text.charCodeAt(at) === 0x20 && at + 1 < text.length && kinds[text.charCodeAt(at + 1)] !== Kind.space;
+    }
+    if (kind === Kind.digit) return before === Kind.digit ? this.splitsDigits : before !== Kind.other;
+    if (before === Kind.digit) return kind !== Kind.other;
+    return before === Kind.letter && kind === Kind.mark;
+  }
+
   private encodePiece(piece: string, sectionIndex: number, out: number[]): void {
     let ids = this.pieces.get(piece);
     if (!ids) {
-      const words = this.library.pre_tokenizer!(piece, { section_index: sectionIndex });
-      ids = this.remember(piece, this.idsOf(this.library.model(words)));
+      ids = [];
+      for (const word of this.library.pre_tokenizer!(piece, { section_index: sectionIndex }))
+        this.encodeWord(word, ids);
+      remember(this.pieces, piece, ids);
     }
     for (const id of ids) out.push(id);
   }
@@ -147,7 +173,11 @@ export class WordEncoder {
   }
 
   private encodeWord(word: string, out: number[]): void {
-    const ids = this.pieces.get(word) ?? this.remember(word, this.idsOf(this.library.model([word])));
+    let ids = this.words.get(word);
+    if (!ids) {
+      ids = this.idsOf(this.library.model([word]));
+      remember(this.words, word, ids);
+    }
     for (const id of ids) out.push(id);
   }
 
@@ -155,14 +185,13 @@ export class WordEncoder {
     const { tokens_to_ids: ids, unk_token_id: unknown } = this.library.model;
     return tokens.map((token) => ids.get(token) ?? unknown!);
   }
+}
 
-  private remember(piece: string, ids: number[]): number[] {
-    if (piece.length > longestPiece) return ids;
-    if (this.pieces.size >= rememberedPieces) this.pieces.clear();
-    // A slice of 13 characters or more would keep the whole text that it was cut from alive.
-    this.pieces.set(piece.length < 13 ? piece : Buffer.from(piece, 'utf16le').toString('utf16le'), ids);
-    return ids;
-  }
+function remember(memory: Map<string, number[]>, text: string, ids: number[]): void {
+  if (text.length > longestPiece) return;
+  if (memory.size >= rememberedPieces) memory.clear();
+  // A slice of 13 characters or more would keep the whole text that it was cut from alive.
+  memory.set(text.length < 13 ? text : Buffer.from(text, 'utf16le').toString('utf16le'), ids);
 }
 
 function chooseCutter(library: LibraryTokenizer, json: Record<string, unknown>): Cutter {
@@ -170,7 +199,8 @@ function chooseCutter(library: LibraryTokenizer, json: Record<string, unknown>):
   if (library.remove_space || library.do_lowercase_and_remove_accent) return 'none';
   if (config.type !== 'BPE' && config.type !== undefined) return 'none';
   if (!Array.isArray(config.merges) || config.end_of_word_suffix || config.continuing_subword_suffix) return 'none';
-  if (cutsAtSpaces(json.pre_tokenizer)) return 'spaces';
+  // Unknown words that stand side by side would be fused into one.
+  if (!config.fuse_unk && cutsAtSpaces(json.pre_tokenizer)) return 'spaces';
   return cutsAtMetaspaces(library) ? 'metaspaces' : 'none';
 }
 
@@ -181,19 +211,31 @@ interface PreTokenizerJson {
   behavior?: string;
   invert?: boolean;
   use_regex?: boolean;
+  individual_digits?: boolean;
 }
 
 function cutsAtSpaces(json: unknown): boolean {
-  if (typeof json !== 'object' || json === null) return false;
-  const top = json as PreTokenizerJson;
-  const parts = top.type === 'Sequence' ? (top.pretokenizers ?? []) : [top];
-  const splits = (part: PreTokenizerJson) => part.type === 'Split' && knownPatterns.has(part.pattern?.Regex ?? '');
+  const parts = preTokenizers(json);
   const isKnown = (part: PreTokenizerJson) =>
-    part.type === 'Digits' ||
-    part.type === 'ByteLevel' ||
-    (splits(part) && !part.invert && part.behavior === 'Isolated');
-  const isCut = (part: PreTokenizerJson) => splits(part) || (part.type === 'ByteLevel' && part.use_regex !== false);
+    part.type === 'Digits' || part.type === 'ByteLevel' || knownPattern(part) !== undefined;
+  const isCut = (part: PreTokenizerJson) =>
+    knownPattern(part) !== undefined || (part.type === 'ByteLevel' && part.use_regex !== false);
   return parts.length > 0 && parts.every(isKnown) && parts.some(isCut);
+}
+
+function preTokenizers(json: unknown): PreTokenizerJson[] {
+  if (typeof json !== 'object' || json === null) return [];
+  const top = json as PreTokenizerJson;
+  return top.type === 'Sequence' ? (top.pretokenizers ?? []) : [top];
+}
+
+function knownPattern({ type, pattern, invert, behavior }: PreTokenizerJson): string | undefined {
+  if (type !== 'Split' || invert || behavior !== 'Isolated') return undefined;
+  return knownPatterns.find((known) => known === pattern?.Regex);
+}
+
+function splitsDigits(part: PreTokenizerJson): boolean {
+  return (part.type === 'Digits' && part.individual_digits === true) || knownPattern(part) === oneDigitPattern;
 }
 
 /** True where no token holds a ▁ after another character, so that no merge crosses such a border. */
@@ -209,19 +251,27 @@ function cutsAtMetaspaces({ model }: LibraryTokenizer): boolean {
   return found && (hasBytes || !model.config.fuse_unk);
 }
 
-/** Matches text that may hold one of the tokens. */
-function firstCharacters(tokens: string[]): RegExp {
-  const escaped = (token: string) => token.charAt(0).replace(/[\\\]^-]/g, '\\$&');
-  const characters = [...new Set(tokens.filter((token) => token.length > 0).map(escaped))];
-  return characters.length === 0 ? /(?!)/ : new RegExp(`[${characters.join('')}]`);
+/** Matches text that may hold one of the tokens: it holds the beginning of one. */
+function beginnings(tokens: string[]): RegExp {
+  const parts = new Set(tokens.filter((token) => token.length > 0).map((token) => token.slice(0, 3)));
+  if (parts.size === 0) return /(?!)/;
+  return new RegExp([...parts].map((part) => part.replace(/[$()*+./?[\\\]^{|}-]/g, '\\$&')).join('|'));
 }
 
-const spaces = new Uint8Array(65536);
+enum Kind {
+  other,
+  space,
+  /** Of ASCII, as the following. */
+  digit,
+  letter,
+  mark,
+}
+
+const kinds = new Uint8Array(65536);
 for (let code = 0; code < 65536; code++) {
   const character = String.fromCharCode(code);
-  if (/[\s\p{White_Space}]/u.test(character)) spaces[code] = 1;
-}
-
-function isSpace(code: number): boolean {
-  return spaces[code] === 1;
+  if (/[\s\p{White_Space}]/u.test(character)) kinds[code] = Kind.space;
+  else if (/[0-9]/.test(character)) kinds[code] = Kind.digit;
+  else if (/[A-Za-z]/.test(character)) kinds[code] = Kind.letter;
+  else if (code < 128) kinds[code] = Kind.mark;
 }

@@ -5,16 +5,34 @@ import { describe, test } from 'node:test';
 import { type LibraryTokenizer, WordEncoder } from '../lib/word_encoder';
 
 const fixtures = join(__dirname, 'fixtures', 'tokenizer');
-const cutters = {
-  'gpt2-like': 'spaces',
-  'qwen-like': 'spaces',
-  'llama2-like': 'metaspaces',
-  'mistral-like': 'metaspaces',
-};
+const llama3Pattern =
+  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
+
+/** Fixtures, some with another pre-tokenizer, and where their text is cut. */
+const tokenizers = [
+  { fixture: 'gpt2-like', cutter: 'spaces' },
+  { fixture: 'qwen-like', cutter: 'spaces' },
+  { fixture: 'llama2-like', cutter: 'metaspaces' },
+  { fixture: 'mistral-like', cutter: 'metaspaces' },
+  { fixture: 'gpt2-like', cutter: 'spaces', preTokenizers: [{ type: 'Digits', individual_digits: true }, byteLevel] },
+  { fixture: 'gpt2-like', cutter: 'spaces', preTokenizers: [{ type: 'Digits', individual_digits: false }, byteLevel] },
+  {
+    fixture: 'gpt2-like',
+    cutter: 'spaces',
+    preTokenizers: [
+      { type: 'Split', pattern: { Regex: llama3Pattern }, behavior: 'Isolated', invert: false },
+      { ...byteLevel, use_regex: false },
+    ],
+  },
+];
 
 /** Pieces whose borders are delicate. */
 const alphabet = [
-  ...'abzAZ019 éß東я',
+  ...'abzAZ019 éß東я²٣½',
+  '1234',
+  '(3*12)=36',
+  '3.50',
   '  ',
   '\n',
   '\r\n',
@@ -28,7 +46,9 @@ const alphabet = [
   '\ud83c',
   "'s",
   "'",
+  "'S",
   '.',
+  ',',
   '!?',
   'e\u0301',
   'The fox',
@@ -51,10 +71,12 @@ function random(seed: number): () => number {
 }
 
 describe('text cut into pieces gives the ids of the text as a whole', () => {
-  for (const [kind, cutter] of Object.entries(cutters)) {
-    test(kind, async () => {
+  for (const { fixture, cutter, preTokenizers } of tokenizers) {
+    const name = preTokenizers ? `${fixture}, ${JSON.stringify(preTokenizers[0])}` : fixture;
+    test(name, async () => {
       const { Tokenizer } = await import('@huggingface/tokenizers');
-      const json = JSON.parse(readFileSync(join(fixtures, kind, 'tokenizer.json'), 'utf8'));
+      const json = JSON.parse(readFileSync(join(fixtures, fixture, 'tokenizer.json'), 'utf8'));
+      if (preTokenizers) json.pre_tokenizer = { type: 'Sequence', pretokenizers: preTokenizers };
       const library = new Tokenizer(json, {}) as unknown as LibraryTokenizer;
       const encoder = new WordEncoder(library, json);
       assert.equal(encoder.cutter, cutter);
