@@ -44,8 +44,8 @@ void Engine::stop() {
 
 void Engine::loop() {
   // On Linux this is the calling thread's own priority, and the OpenMP team inherits it: with every core busy, Node's event loop
-  // still gets one at once.
-  setpriority(PRIO_PROCESS, 0, 5);
+  // still gets one at once. Relative to the process, so that `nice` counts.
+  setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + 5);
   while (true) {
     Entry entry;
     bool abandoned;

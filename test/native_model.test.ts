@@ -1,6 +1,7 @@
 /** The native object's life: queueing, cancelling, disposing, worker threads. */
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
+import os from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { Worker } from 'node:worker_threads';
@@ -215,6 +216,27 @@ test('a process with an idle model ends by itself', () => {
     timeout: 20_000,
   });
   assert.deepEqual({ status, signal }, { status: 0, signal: null });
+});
+
+test('the engine is a little nicer than a process that is nice already', { skip: process.platform !== 'linux' }, () => {
+  const script = `
+    const { openCheckpoint } = require('./lib/checkpoint');
+    const { native } = require('./lib/native');
+    const { readdirSync, readFileSync } = require('node:fs');
+    (async () => {
+      const { spec, tensors } = await openCheckpoint(${JSON.stringify(folder)});
+      await native().loadModel({ spec, tensors, dtype: 'float32', device: 'cpu', threads: 1, packBudget: 0 }, () => {});
+      // The 19th field, the 17th after the name in brackets.
+      const nice = (task) => Number(readFileSync('/proc/self/task/' + task + '/stat', 'utf8').split(') ')[1].split(' ')[16]);
+      console.log([...new Set(readdirSync('/proc/self/task').map(nice))].sort((a, b) => a - b).join(' '));
+    })();`;
+  const before = os.getPriority();
+  const { stdout, stderr } = spawnSync(
+    'nice',
+    ['-n', '3', process.execPath, '--require', 'tsx/cjs', '--eval', script],
+    { cwd: join(__dirname, '..'), encoding: 'utf8' },
+  );
+  assert.equal(stdout.trim(), `${Math.min(19, before + 3)} ${Math.min(19, before + 8)}`, stderr);
 });
 
 test('a worker thread that is ended in the middle of a step does not take the process down', async () => {
