@@ -92,7 +92,7 @@ async function loadProfiled(directory: string, dtype: Dtype, threads: number): P
   const checkpoint = await openCheckpoint(directory);
   const { spec, tensors } = checkpoint;
   const engine = await native().loadModel(
-    { spec, tensors, dtype, device: 'cpu', threads, packBudget: -1, profile: true },
+    { spec, tensors, dtype, device: 'cpu', threads, copyBudget: -1, profile: true },
     () => {},
   );
   return new CausalLM({ checkpoint, native: engine, stopIds: [] });

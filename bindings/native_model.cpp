@@ -21,9 +21,9 @@ Napi::Number toNumber(Napi::Env env, int64_t value) {
   return Napi::Number::New(env, static_cast<double>(value));
 }
 
-// Where the matrix library multiplies: its copies for forward and backward take twice the weights; half of the free memory is
-// left for everything else.
-size_t packBudget(double requested) {
+// Copies of weights may take half of the free memory; the rest is left for everything else, and weights beyond it are read in
+// their file, whose pages the system can drop and read again.
+size_t copyBudget(double requested) {
   return requested >= 0 ? static_cast<size_t>(requested) : availableMemory() / 2;
 }
 
@@ -84,7 +84,7 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
   DeviceOptions asked;
   asked.device = text(options, "device");
   asked.threads = static_cast<int>(integer(options, "threads"));
-  asked.packBudget = packBudget(number(options, "packBudget"));
+  asked.copyBudget = copyBudget(number(options, "copyBudget"));
   asked.profile = options.Get("profile").ToBoolean();
 
   return onNewEngine(

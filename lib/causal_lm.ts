@@ -160,7 +160,7 @@ export class CausalLM {
     // Side by side: each takes a thread of its own.
     const [tokenizer, engine] = await Promise.allSettled([
       hasTokenizer ? Tokenizer.load(directory, { signal }) : undefined,
-      native().loadModel({ spec, tensors, dtype, device, threads, packBudget: -1 }, onProgress),
+      native().loadModel({ spec, tensors, dtype, device, threads, copyBudget: -1 }, onProgress),
     ]);
     try {
       checkAborted(signal);

@@ -95,8 +95,8 @@ export interface NativeModelOptions {
   device: string;
   /** 0: physical cores. */
   threads: number;
-  /** Bytes that packed copies of the weights may take beyond the mapped file; negative: decide by free memory. */
-  packBudget: number;
+  /** Bytes that copies of the weights may take in place of the mapped file; negative: decide by free memory. */
+  copyBudget: number;
   /** Count and time every operation, for {@link NativeModel.profile} (default false). Costs a little time itself. */
   profile?: boolean;
 }

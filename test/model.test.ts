@@ -16,18 +16,18 @@ interface Expected {
 
 const expected = JSON.parse(readFileSync(join(__dirname, 'fixtures/model/tiny-llama.json'), 'utf8')) as Expected;
 
-async function load(dtype: Dtype, packBudget = -1) {
+async function load(dtype: Dtype, copyBudget = -1) {
   const { spec, tensors } = await openCheckpoint(join(__dirname, 'fixtures/tiny-llama'));
-  return native().loadModel({ spec, tensors, dtype, device: testDevice, threads: 2, packBudget }, () => {});
+  return native().loadModel({ spec, tensors, dtype, device: testDevice, threads: 2, copyBudget }, () => {});
 }
 
-for (const [name, dtype, packBudget, tolerance] of [
+for (const [name, dtype, copyBudget, tolerance] of [
   ['float32', 'float32', -1, 1e-4],
   ['float32 without packed weights', 'float32', 0, 1e-4],
   ['bfloat16', 'bfloat16', -1, 1e-2],
 ] as const) {
   test(`losses are those of transformers in ${name}`, async () => {
-    const model = await load(dtype, packBudget);
+    const model = await load(dtype, copyBudget);
     const { losses } = await model.evaluate(batchOf(expected.rows));
     for (const [i, loss] of losses.entries())
       assert.ok(

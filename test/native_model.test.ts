@@ -14,7 +14,7 @@ const folder = join(__dirname, 'fixtures/tiny-llama');
 
 async function load({ profile = false } = {}): Promise<{ model: NativeModel; modules: string[] }> {
   const { spec, tensors } = await openCheckpoint(folder);
-  const options = { spec, tensors, dtype: 'float32' as const, device: testDevice, threads: 2, packBudget: -1, profile };
+  const options = { spec, tensors, dtype: 'float32' as const, device: testDevice, threads: 2, copyBudget: -1, profile };
   return { model: await native().loadModel(options, () => {}), modules: allModules(spec) };
 }
 
@@ -37,7 +37,7 @@ const step = {
 test('progress of loading counts up to the whole model', async () => {
   const { spec, tensors } = await openCheckpoint(folder);
   const seen: number[][] = [];
-  const options = { spec, tensors, dtype: 'float32' as const, device: testDevice, threads: 1, packBudget: 0 };
+  const options = { spec, tensors, dtype: 'float32' as const, device: testDevice, threads: 1, copyBudget: 0 };
   const model = await native().loadModel(options, (done, total) => seen.push([done, total]));
   assert.deepEqual(seen.at(-1), [spec.layers + 1, spec.layers + 1]);
   await model.dispose();
@@ -210,7 +210,7 @@ test('a process with an idle model ends by itself', () => {
     const { openCheckpoint } = require('./lib/checkpoint');
     const { native } = require('./lib/native');
     openCheckpoint(${JSON.stringify(folder)}).then(({ spec, tensors }) =>
-      native().loadModel({ spec, tensors, dtype: 'float32', device: ${JSON.stringify(testDevice)}, threads: 2, packBudget: 0 }, () => {}));`;
+      native().loadModel({ spec, tensors, dtype: 'float32', device: ${JSON.stringify(testDevice)}, threads: 2, copyBudget: 0 }, () => {}));`;
   const { status, signal } = spawnSync(process.execPath, ['--require', 'tsx/cjs', '-e', script], {
     cwd: join(__dirname, '..'),
     timeout: 20_000,
@@ -225,7 +225,7 @@ test('the engine is a little nicer than a process that is nice already', { skip:
     const { readdirSync, readFileSync } = require('node:fs');
     (async () => {
       const { spec, tensors } = await openCheckpoint(${JSON.stringify(folder)});
-      await native().loadModel({ spec, tensors, dtype: 'float32', device: 'cpu', threads: 1, packBudget: 0 }, () => {});
+      await native().loadModel({ spec, tensors, dtype: 'float32', device: 'cpu', threads: 1, copyBudget: 0 }, () => {});
       // The 19th field, the 17th after the name in brackets.
       const nice = (task) => Number(readFileSync('/proc/self/task/' + task + '/stat', 'utf8').split(') ')[1].split(' ')[16]);
       console.log([...new Set(readdirSync('/proc/self/task').map(nice))].sort((a, b) => a - b).join(' '));
@@ -247,7 +247,7 @@ test('a worker thread that is ended in the middle of a step does not take the pr
     const { native } = require('./lib/native');
     const inputIds = Int32Array.from({ length: 3000 }, (_, i) => i % 1000);
     openCheckpoint(${JSON.stringify(folder)}).then(async ({ spec, tensors }) => {
-      const model = await native().loadModel({ spec, tensors, dtype: 'float32', device: ${JSON.stringify(testDevice)}, threads: 2, packBudget: 0 }, () => {});
+      const model = await native().loadModel({ spec, tensors, dtype: 'float32', device: ${JSON.stringify(testDevice)}, threads: 2, copyBudget: 0 }, () => {});
       const batch = { inputIds, labels: inputIds, sequenceStarts: Int32Array.of(0, inputIds.length) };
       parentPort.postMessage((await model.evaluate(batch)).losses[0]);
       for (;;) await model.evaluate(batch);

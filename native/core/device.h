@@ -284,7 +284,7 @@ struct DeviceOptions {
   std::string device = "auto";  // auto | cpu | cuda[:i]
   DType computeType = DType::f32;
   int threads = 0;        // 0: physical cores
-  size_t packBudget = 0;  // bytes that packed copies of weights may take
+  size_t copyBudget = 0;  // bytes that copies of weights may take, where a device can also read them in their file
   bool profile = false;   // count and time every operation (core/profiled_device.h)
   bool record = true;     // a device that records passes replays them; false: it enqueues them anew each time, to compare
 };

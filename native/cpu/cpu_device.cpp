@@ -12,7 +12,7 @@ namespace lora_da::cpu {
 CpuDevice::CpuDevice(const DeviceOptions& options)
     : computeType_(options.computeType),
       threads_(options.threads > 0 ? options.threads : physicalCores()),
-      packBudget_(options.packBudget),
+      copyBudget_(options.copyBudget),
       kernels_(kernels()) {
   // One OpenMP team for this engine thread; oneDNN and OpenBLAS (its OpenMP build) use the same one.
   omp_set_dynamic(0);

@@ -8,6 +8,7 @@
 
 #include "core/device.h"
 #include "core/scratch.h"
+#include "cpu/weight_pages.h"
 #include "cpu/kernels/kernels.h"
 
 namespace lora_da::cpu {
@@ -128,12 +129,13 @@ class CpuDevice : public Device {
                      const Matrix* residual, const Matrix& y);
   void libraryInputGrad(const Matrix& dy, const CpuWeight& w, const Matrix* downGrad, const Matrix* a, const Matrix& dx);
 
-  // Writes a tensor of the file, in the compute type, to `target` [rows * cols] (file_tensors.cpp).
-  void convertFromFile(const HostTensor& tensor, void* target);
+  // Writes a tensor of the file, as `type`, to `target` [rows * cols] (file_tensors.cpp).
+  void convertFromFile(const HostTensor& tensor, DType type, void* target);
 
   DType computeType_;
   int threads_;
-  size_t packBudget_;  // bytes left for packed copies of weights
+  size_t copyBudget_;  // bytes left for copies of weights
+  WeightPages weightPages_;
   const Kernels& kernels_;
   std::unique_ptr<Products> products_;
   Scratch scratch_;

@@ -1,6 +1,7 @@
 // A frozen weight of the CPU device, in the layouts that its products need.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "core/device.h"
@@ -16,10 +17,10 @@ class CpuWeight : public Weight {
   };
 
   DType dtype = DType::f32;  // of `parts`
-  std::vector<Rows> parts;   // mapped pages, or `copy`; empty once packed copies replace them
-  Buffer copy;               // set where a product cannot read the file's rows: stacked, in the compute type
-  Buffer packedForward;      // oneDNN's layout for y = x W^T; null: products read `parts`
-  Buffer packedInputGrad;    // and for dx = dy W
+  std::vector<Rows> parts;   // in `copy`, or mapped pages of the file; empty once packed copies replace them
+  std::shared_ptr<char> copy;  // the rows one after the other; null: they are mapped
+  Buffer packedForward;        // oneDNN's layout for y = x W^T; null: products read `parts`
+  Buffer packedInputGrad;      // and for dx = dy W
 
   size_t rowBytes() const { return static_cast<size_t>(in) * sizeOf(dtype); }
   // Row `row` of the stacked weight.

@@ -1,6 +1,6 @@
-// Products with frozen weights. Where the processor has kernels for it (kernels/product_kernels.cpp) the weights stay as they lie
-// in the mapped file: each thread lays out a panel of 48 output columns in its own cache, multiplies it with all rows, LoRA term
-// and residual included, and takes the next. Elsewhere oneDNN multiplies, with weights packed once while the budget lasts.
+// Products with frozen weights. Where the processor has kernels for it (kernels/product_kernels.cpp) the rows of a weight stay
+// as they are in the file, copied to huge pages while the budget lasts: each thread lays out a panel of 48 output columns in its
+// own cache, multiplies it with all rows, LoRA term and residual included, and takes the next. Elsewhere oneDNN multiplies, with weights packed once while the budget lasts.
 #include <omp.h>
 
 #include <algorithm>
@@ -171,25 +171,26 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
     alike = alike && part.dtype == fileType && reinterpret_cast<uintptr_t>(part.data) % sizeOf(fileType) == 0;
   }
   const bool readable = fileType == computeType_ || (hasPanels() && fileType == DType::bf16);
-  if (alike && readable && (hasPanels() || parts.size() == 1)) {
-    weight->dtype = fileType;
+  const bool asTheyLie = alike && readable && (hasPanels() || parts.size() == 1);
+  weight->dtype = asTheyLie ? fileType : computeType_;
+  weight->bytes = static_cast<size_t>(weight->out) * weight->rowBytes();
+  if (asTheyLie && !(hasPanels() && weight->bytes <= copyBudget_)) {
     for (const HostTensor& part : parts) {
       weight->parts.push_back({static_cast<const char*>(part.data), part.rows});
       if (part.populate) part.populate();
     }
   } else {
-    weight->dtype = computeType_;
-    const size_t bytes = static_cast<size_t>(weight->out) * weight->rowBytes();
-    weight->copy = allocate(bytes, "weight " + parts.front().name);
-    char* target = static_cast<char*>(weight->copy.get());
-    weight->parts.push_back({target, weight->out});
+    if (asTheyLie) copyBudget_ -= weight->bytes;
+    weight->copy = weightPages_.take(*this, weight->bytes, "weight " + parts.front().name);
+    char* target = weight->copy.get();
     for (const HostTensor& part : parts) {
-      convertFromFile(part, target);
-      target += static_cast<size_t>(part.rows) * weight->rowBytes();
+      if (part.populate) part.populate();
+      convertFromFile(part, weight->dtype, target);
       if (part.release) part.release();
+      weight->parts.push_back({target, part.rows});
+      target += static_cast<size_t>(part.rows) * weight->rowBytes();
     }
   }
-  weight->bytes = static_cast<size_t>(weight->out) * weight->rowBytes();
   if (!hasPanels()) packForLibrary(parts, uses, *weight);
   return weight;
 }
@@ -197,8 +198,8 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
 void CpuDevice::packForLibrary(const std::vector<HostTensor>& parts, WeightUses uses, CpuWeight& weight) {
   const size_t forwardBytes = uses.forward ? products_->packedBytes(weight.in, weight.out, computeType_) : 0;
   const size_t gradBytes = uses.inputGrad ? products_->packedBytes(weight.out, weight.in, computeType_) : 0;
-  if (forwardBytes + gradBytes > packBudget_) return;
-  packBudget_ -= forwardBytes + gradBytes;
+  if (forwardBytes + gradBytes > copyBudget_) return;
+  copyBudget_ -= forwardBytes + gradBytes;
   const void* rows = weight.parts.front().data;
   if (uses.forward) {
     weight.packedForward = allocate(forwardBytes, "packed weight " + parts.front().name);

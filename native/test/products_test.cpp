@@ -44,13 +44,13 @@ DEVICE_TEST_CASE(
                             Shape{250, 96, 48, 144, 8}, Shape{30, 4131, 21, 12, 3}, Shape{17, 20, 4101, 22, 2}}) {
     for (const DType type : {DType::f32, DType::bf16}) {
       for (const DType fileType : {type, DType::bf16}) {
-        for (const size_t packBudget : {size_t{0}, size_t{1} << 30}) {
-          if (packBudget == 0 && !tested.onCpu()) continue;
+        for (const size_t copyBudget : {size_t{0}, size_t{1} << 30}) {
+          if (copyBudget == 0 && !tested.onCpu()) continue;
           const auto [rows, in, firstOut, secondOut, k] = shape;
           CAPTURE(nameOf(type));
           CAPTURE(rows);
           CAPTURE(in);
-          const auto device = tested.make(type, 2, packBudget);
+          const auto device = tested.make(type, 2, copyBudget);
           const int64_t out = firstOut + secondOut, room = device->lowRankRoom();
           TestMatrix first(*device, fileType, firstOut, in), second(*device, fileType, secondOut, in),
               x(*device, type, rows, in, room), down(*device, type, rows, k), up(*device, type, k, out),

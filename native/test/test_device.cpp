@@ -13,12 +13,12 @@ bool TestDevice::onCpu() const {
   return name == "cpu" || name == "guarded-cpu";
 }
 
-std::unique_ptr<Device> TestDevice::make(DType computeType, int threads, size_t packBudget, bool profile) const {
+std::unique_ptr<Device> TestDevice::make(DType computeType, int threads, size_t copyBudget, bool profile) const {
   DeviceOptions options;
   options.device = onCpu() ? "cpu" : name;
   options.computeType = computeType;
   options.threads = threads;
-  options.packBudget = packBudget;
+  options.copyBudget = copyBudget;
   std::unique_ptr<Device> device = makeDevice(options);
   if (name == "guarded-cpu") device = std::make_unique<GuardedDevice>(std::move(device));
   if (profile) device = std::make_unique<ProfiledDevice>(std::move(device));

@@ -93,7 +93,7 @@ export function allModules(spec: DecoderSpec): string[] {
 export async function loadReference(directory: string, expectedDirectory = directory): Promise<Reference> {
   const { spec, tensors } = await openCheckpoint(directory);
   const model = await native().loadModel(
-    { spec, tensors, dtype: 'float32', device: testDevice, threads: 2, packBudget: -1 },
+    { spec, tensors, dtype: 'float32', device: testDevice, threads: 2, copyBudget: -1 },
     () => {},
   );
   const text = (name: string) => readFileSync(join(expectedDirectory, name), 'utf8');
