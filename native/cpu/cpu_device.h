@@ -8,8 +8,8 @@
 
 #include "core/device.h"
 #include "core/scratch.h"
-#include "cpu/weight_pages.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/weight_pages.h"
 
 namespace lora_da::cpu {
 

@@ -16,8 +16,8 @@ class CpuWeight : public Weight {
     int64_t rows = 0;
   };
 
-  DType dtype = DType::f32;  // of `parts`
-  std::vector<Rows> parts;   // in `copy`, or mapped pages of the file; empty once packed copies replace them
+  DType dtype = DType::f32;    // of `parts`
+  std::vector<Rows> parts;     // in `copy`, or mapped pages of the file; empty once packed copies replace them
   std::shared_ptr<char> copy;  // the rows one after the other; null: they are mapped
   Buffer packedForward;        // oneDNN's layout for y = x W^T; null: products read `parts`
   Buffer packedInputGrad;      // and for dx = dy W

@@ -1,6 +1,7 @@
 // Products with frozen weights. Where the processor has kernels for it (kernels/product_kernels.cpp) the rows of a weight stay
 // as they are in the file, copied to huge pages while the budget lasts: each thread lays out a panel of 48 output columns in its
-// own cache, multiplies it with all rows, LoRA term and residual included, and takes the next. Elsewhere oneDNN multiplies, with weights packed once while the budget lasts.
+// own cache, multiplies it with all rows, LoRA term and residual included, and takes the next. Elsewhere oneDNN multiplies, with
+// weights packed once while the budget lasts.
 #include <omp.h>
 
 #include <algorithm>
