@@ -75,7 +75,7 @@ function options() {
     dtypes: dtypeList(values.dtype),
     sources: values.rows.split(','),
     steps: positiveInteger('steps', values.steps),
-    warmup: positiveInteger('warmup', values.warmup),
+    warmup: nonNegativeInteger('warmup', values.warmup),
     batchSize: positiveInteger('batch-size', values['batch-size']),
     threads: nonNegativeInteger('threads', values.threads),
     recompute: recompute as Recompute,
