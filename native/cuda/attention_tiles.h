@@ -339,6 +339,8 @@ struct F32Math {
   static constexpr int threadColumns = columns / lanesPerRow;
   static constexpr int threadElements = headDim / lanesPerRow;
   static constexpr int run = 4;
+  // Rows of the other tile added in one go: beside the sums of the widest heads, dk and dv, no more fit into registers.
+  static constexpr int rowsAtOnce = headDim <= 128 ? 4 : 2;
   // Rows so far apart that the lanes' rows fall into different banks.
   static constexpr int exchangeStride = columns + 64 / lanesPerRow;
   static constexpr int exchangeBytes = warpRows * exchangeStride * static_cast<int>(sizeof(float));
@@ -386,12 +388,12 @@ struct F32Math {
     }
     __syncwarp();
 #pragma unroll 1
-    for (int k = 0; k < columns; k += 4) {
-      Floats<4> x[threadRows];
+    for (int k = 0; k < columns; k += rowsAtOnce) {
+      Floats<rowsAtOnce> x[threadRows];
 #pragma unroll
-      for (int r = 0; r < threadRows; ++r) x[r] = load<4>(shared + rowAt(r, lane() / lanesPerRow) * exchangeStride + k);
+      for (int r = 0; r < threadRows; ++r) x[r] = load<rowsAtOnce>(shared + rowAt(r, lane() / lanesPerRow) * exchangeStride + k);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) addRow(x, j, other, k + j, sums);
+      for (int j = 0; j < rowsAtOnce; ++j) addRow(x, j, other, k + j, sums);
     }
   }
 
@@ -399,7 +401,8 @@ struct F32Math {
   __device__ static Floats<4> chunkAt(const unsigned char* tile, int row, int chunk) {
     return load<4>(reinterpret_cast<const float*>(tile + Layout::offset(row, chunk)));
   }
-  __device__ static void addRow(const Floats<4> (&x)[threadRows], int j, const unsigned char* other, int otherRow, Sums& sums) {
+  __device__ static void addRow(const Floats<rowsAtOnce> (&x)[threadRows], int j, const unsigned char* other, int otherRow,
+                                Sums& sums) {
 #pragma unroll
     for (int first = 0; first < threadElements; first += run) {
       const Floats<4> y = chunkAt(other, otherRow, (firstElement() + elementOffset(first)) / run);
