@@ -5,7 +5,7 @@
 set(LORA_DA_CUDA AUTO CACHE STRING "Build the CUDA device: AUTO where a toolkit is found, ON or OFF")
 set_property(CACHE LORA_DA_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(LORA_DA_CUDA_ARCHITECTURES "" CACHE STRING
-    "GPUs that machine code is made for, as in 80;90; empty: all of 80;86;89;90;100;120 that the compiler knows")
+    "GPUs that machine code is made for, as in 80;90, where the compiler knows them; empty: 80;86;89;90;100;120")
 set(CUDA_FOLDER ${CMAKE_CURRENT_LIST_DIR})
 
 # What crosses the boundary between core and shared object (core/device_plugin.h): both carry the hash of its headers.
@@ -22,11 +22,12 @@ set_source_files_properties(native/core/cuda_library.cpp ${CUDA_FOLDER}/plugin.c
                             PROPERTIES COMPILE_DEFINITIONS LORA_DA_PLUGIN_ABI="${PLUGIN_ABI}")
 target_link_libraries(lora_da_core PUBLIC ${CMAKE_DL_LIBS})
 
-# Folders that may hold a toolkit: the first of each major version counts.
+# Folders that may hold a toolkit: the first of each major version counts. Of those installed the newest come first.
 find_program(CUDA_NVCC_IN_PATH nvcc NO_CACHE)
 set(CUDA_COMPILERS ${CMAKE_CUDA_COMPILER} $ENV{CUDA_HOME}/bin/nvcc $ENV{CUDA_PATH}/bin/nvcc ${CUDA_NVCC_IN_PATH})
 file(GLOB CUDA_INSTALLED LIST_DIRECTORIES true /usr/local/cuda/bin/nvcc /usr/local/cuda-*/bin/nvcc /opt/cuda/bin/nvcc
      ${CMAKE_CURRENT_SOURCE_DIR}/.cuda/*/bin/nvcc)
+list(SORT CUDA_INSTALLED COMPARE NATURAL ORDER DESCENDING)
 list(APPEND CUDA_COMPILERS ${CUDA_INSTALLED})
 
 # The parts of a toolkit that are needed, as TOOLKIT_*; TOOLKIT_PROBLEM says what is wrong with it.
@@ -81,21 +82,30 @@ function(try_toolkit)
   endif()
 endfunction()
 
+# Sets TOOLKIT_ARCHITECTURES: those asked for that the compiler knows.
+macro(choose_architectures)
+  execute_process(COMMAND ${TOOLKIT_NVCC} --list-gpu-arch OUTPUT_VARIABLE TOOLKIT_KNOWN)
+  set(TOOLKIT_ASKED ${LORA_DA_CUDA_ARCHITECTURES})
+  if(NOT TOOLKIT_ASKED)
+    set(TOOLKIT_ASKED 80 86 89 90 100 120)
+  endif()
+  set(TOOLKIT_ARCHITECTURES "")
+  foreach(architecture ${TOOLKIT_ASKED})
+    if("${TOOLKIT_KNOWN}\n" MATCHES "compute_${architecture}\n")
+      list(APPEND TOOLKIT_ARCHITECTURES ${architecture})
+    endif()
+  endforeach()
+  if(NOT TOOLKIT_ARCHITECTURES)
+    set(TOOLKIT_PROBLEM "${TOOLKIT_VERSION} compiles for none of ${TOOLKIT_ASKED}")
+  endif()
+endmacro()
+
 # The flags of nvcc for machine code of each architecture, and for the last also PTX, which later GPUs compile for themselves.
 function(architecture_flags result)
-  execute_process(COMMAND ${TOOLKIT_NVCC} --list-gpu-arch OUTPUT_VARIABLE known)
-  set(architectures ${LORA_DA_CUDA_ARCHITECTURES})
-  if(NOT architectures)
-    foreach(architecture 80 86 89 90 100 120)
-      if("${known}\n" MATCHES "compute_${architecture}\n")
-        list(APPEND architectures ${architecture})
-      endif()
-    endforeach()
-  endif()
-  foreach(architecture ${architectures})
+  foreach(architecture ${TOOLKIT_ARCHITECTURES})
     list(APPEND flags -gencode=arch=compute_${architecture},code=sm_${architecture})
   endforeach()
-  list(GET architectures -1 newest)
+  list(GET TOOLKIT_ARCHITECTURES -1 newest)
   list(APPEND flags -gencode=arch=compute_${newest},code=compute_${newest})
   set(${result} ${flags} PARENT_SCOPE)
 endfunction()
@@ -141,10 +151,12 @@ function(add_cuda_device)
     DEPENDS ${logs} ${CUDA_FOLDER}/resources.cmake
     VERBATIM)
   add_custom_target(${target}_resources ALL DEPENDS ${folder}/resources.txt)
+  # After the library, whose commands make the logs: side by side, make would run those commands in both.
+  add_dependencies(${target}_resources ${target})
   if(LORA_DA_TESTS)
     add_test(NAME cuda${TOOLKIT_MAJOR}_no_spills COMMAND ${CMAKE_COMMAND} -P ${CUDA_FOLDER}/no_spills.cmake ${folder}/resources.txt)
   endif()
-  message(STATUS "CUDA device: ${target} by ${TOOLKIT_NVCC}")
+  message(STATUS "CUDA device: ${target} by ${TOOLKIT_NVCC} for ${TOOLKIT_ARCHITECTURES}")
 endfunction()
 
 file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS ${CUDA_FOLDER}/*.cu ${CUDA_FOLDER}/*.cpp)
@@ -160,6 +172,9 @@ foreach(nvcc ${CUDA_COMPILERS})
       set(CUDA_HEADERS ${TOOLKIT_HEADERS})
     endif()
     if(LORA_DA_CUDA)
+      choose_architectures()
+    endif()
+    if(LORA_DA_CUDA AND NOT TOOLKIT_PROBLEM)
       try_toolkit()
     endif()
     if(LORA_DA_CUDA AND NOT TOOLKIT_PROBLEM)
