@@ -79,6 +79,23 @@ test('without a driver, --device auto is the CPU and says nothing of CUDA', with
   assert.doesNotMatch(stderr, /cuda/i);
 });
 
+for (const [major, driver] of [
+  [12, 525],
+  [13, 580],
+] as const) {
+  const library = join(process.env.LORA_DA_TEST_CUDA_BUILDS ?? built, `liblora_da_cuda${major}.so`);
+  const skip = !existsSync(library) && `no toolkit of CUDA ${major} was found by the build`;
+  test(`the shared object of CUDA ${major} opens with that version's libraries`, { skip }, async () => {
+    const result = await run(['info', '--json'], { LORA_DA_CUDA_LIBRARY: library });
+    const [, device] = devicesOf(result);
+    const { libraries } = jsonOf(result).core as { libraries: Record<string, string> };
+    assert.match(libraries['CUDA runtime'] ?? device!.reason, new RegExp(`^${major}\\.`));
+    assert.match(libraries.cuBLAS!, new RegExp(`^${major}\\.`));
+    assert.match(libraries.cuSOLVER!, new RegExp(`^${major - 1}\\.`));
+    if (!hasDriver) assert.match(device!.reason, new RegExp(`install driver ${driver} or later`));
+  });
+}
+
 test('a library that is not there is named', async () => {
   const env = { LORA_DA_CUDA_LIBRARY: '/nowhere/device.so' };
   assertFails(await run(evalOn('cuda'), env), /cannot open \/nowhere\/device\.so.*LORA_DA_CUDA_LIBRARY names it/);
