@@ -81,13 +81,10 @@ def measure(model, shape, options):
     return sequences * length / typical, f'{detail}; torch {torch.__version__}'
 
 
-def peak_gigabytes(device):
-    return torch.cuda.max_memory_allocated() / 1e9 if device.startswith('cuda') else 0.0
-
-
 def main():
     options = arguments()
-    if options.device.startswith('cuda') and not torch.cuda.is_available():
+    on_gpu = options.device.startswith('cuda')
+    if on_gpu and not torch.cuda.is_available():
         print('skipped: PyTorch sees no GPU')
         sys.exit(77)
     with open(options.results, 'a') as results:
@@ -97,17 +94,22 @@ def main():
             results.flush()
 
         for name in options.models.split(','):
-            model = load_model(name, options.device).train()
+            model = None
             for shape in options.shapes.split(','):
                 what = f'{name}, step of {shape} with PEFT'
                 try:
+                    model = model or load_model(name, options.device).train()
+                    if on_gpu:
+                        torch.cuda.reset_peak_memory_stats()
                     rate, detail = measure(model, shape, options)
                     line(what, f'{rate:.0f}', 'tokens/s', '', 'ok', detail)
-                    line(f'{what}: most memory', f'{peak_gigabytes(options.device):.4g}', 'GB', '', 'ok', "PyTorch's allocations")
+                    if on_gpu:
+                        most = torch.cuda.max_memory_allocated() / 1e9
+                        line(f'{what}: most memory', f'{most:.4g}', 'GB', '', 'ok', "PyTorch's allocations")
                 except torch.cuda.OutOfMemoryError:
                     line(what, '', '', '', 'skipped', 'out of memory')
             del model
-            if options.device.startswith('cuda'):
+            if on_gpu:
                 torch.cuda.empty_cache()
 
 
