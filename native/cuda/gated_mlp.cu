@@ -113,11 +113,11 @@ void CudaDevice::gatedMlp(const Matrix& gateUp, Activation activation, const Mat
 void CudaDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) {
   withElementType(h.dtype, [&](auto element) {
     using T = decltype(element);
-    constexpr int wide = fullWidth<T>;
-    const bool inVectors = halvesReadInVectors(gateUp, h, wide) && readsInVectors(dh, wide);
-    const RowGrid shared = rowGrid(h.rows, inVectors ? h.cols / wide : h.cols);
     withActivation(activation, [&](auto function) {
       using A = decltype(function);
+      constexpr int wide = std::is_same_v<A, Gelu> ? 4 : fullWidth<T>;  // erfcf's own values leave no registers for eight
+      const bool inVectors = halvesReadInVectors(gateUp, h, wide) && readsInVectors(dh, wide);
+      const RowGrid shared = rowGrid(h.rows, inVectors ? h.cols / wide : h.cols);
       queue_.launch("gatedMlpGrad", inVectors ? gatedMlpGradKernel<T, A, wide> : gatedMlpGradKernel<T, A, 1>, shared.grid,
                     shared.block, 0, rowsOf<T>(gateUp), rowsOf<const T>(dh), rowsOf<T>(h), h.rows, h.cols);
     });
