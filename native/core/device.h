@@ -148,6 +148,8 @@ class Device {
   // to see what it asks for, and once more when it is new. Body calls operations that enqueue, in the same order and on the
   // same memory each time; it neither uploads, downloads, allocates nor synchronizes.
   virtual void recorded(const std::function<void()>& body) = 0;
+  // How many recordings it keeps; 0 where body is only called.
+  virtual size_t recordings() const = 0;
 
   // --- memory -------------------------------------------------------------------------------------------------
   virtual Buffer allocate(size_t bytes, const std::string& purpose) = 0;  // 64-byte aligned, contents undefined

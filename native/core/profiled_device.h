@@ -33,6 +33,7 @@ class ProfiledDevice : public Device {
   int64_t lowRankRoom() const override { return device_->lowRankRoom(); }
   // Operation by operation: a recording replayed as a whole could not be timed in parts.
   void recorded(const std::function<void()>& body) override { body(); }
+  size_t recordings() const override { return 0; }
 
   Buffer allocate(size_t bytes, const std::string& purpose) override;
   void upload(void* device, const void* host, size_t bytes) override;

@@ -27,6 +27,7 @@ class CpuDevice : public Device {
   int64_t passTokens() const override { return 1536; }
   int64_t lowRankRoom() const override { return 0; }  // a panel takes the term along as it is
   void recorded(const std::function<void()>& body) override { body(); }
+  size_t recordings() const override { return 0; }
 
   // memory.cpp
   Buffer allocate(size_t bytes, const std::string& purpose) override;

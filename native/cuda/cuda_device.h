@@ -31,6 +31,7 @@ class CudaDevice : public Device {
   int64_t passTokens() const override { return 8192; }
   int64_t lowRankRoom() const override { return 64; }
   void recorded(const std::function<void()>& body) override { record_ ? queue_.recorded(body) : body(); }
+  size_t recordings() const override { return queue_.graphs(); }
 
   // memory.cpp
   Buffer allocate(size_t bytes, const std::string& purpose) override;

@@ -54,7 +54,7 @@ class Queue {
   bool observing() const { return mode_ == Mode::observe; }
   void synchronize();
 
-  // Graphs that recorded() keeps, for tests.
+  // How many graphs recorded() keeps.
   size_t graphs() const { return graphs_.size(); }
 
  private:

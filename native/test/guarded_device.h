@@ -26,14 +26,12 @@ class GuardedDevice : public Device {
   explicit GuardedDevice(std::unique_ptr<Device> cpu);
   ~GuardedDevice() override;
 
-  // Recordings that recorded() keeps.
-  size_t recordings() const { return recordings_.size(); }
-
   std::string name() const override { return "guarded-cpu"; }
   DType computeType() const override { return device_->computeType(); }
   int64_t passTokens() const override { return device_->passTokens(); }
   int64_t lowRankRoom() const override { return 8; }
   void recorded(const std::function<void()>& body) override;
+  size_t recordings() const override { return recordings_.size(); }
 
   Buffer allocate(size_t bytes, const std::string& purpose) override;
   void upload(void* device, const void* host, size_t bytes) override;

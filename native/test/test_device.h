@@ -24,6 +24,8 @@ struct TestDevice {
 
   // Computes on the CPU, where the number of threads and the budget for packed weights mean something.
   bool onCpu() const;
+  // Replays what recorded() has seen before.
+  bool replays() const { return name != "cpu"; }
   std::unique_ptr<Device> make(DType computeType, int threads = 2, size_t copyBudget = size_t{1} << 30,
                                bool profile = false) const;
 };
