@@ -17,51 +17,37 @@
 
 namespace lora_da::test {
 
-// A Llama-like decoder with random weights in a file of its own.
+// A decoder with random weights in a file of its own.
 class RandomCheckpoint {
  public:
-  explicit RandomCheckpoint(uint64_t seed, int64_t layers = 2) : random_(seed) {
+  RandomCheckpoint(uint64_t seed, DecoderSpec decoder, DType fileType)
+      : spec(std::move(decoder)), fileType_(fileType), random_(seed) {
     char name[] = "/tmp/lora-da-model-XXXXXX";
     const int file = mkstemp(name);
     REQUIRE(file >= 0);
     close(file);
     path = name;
 
-    spec.vocabSize = 61;
-    spec.hiddenSize = 24;
-    spec.intermediateSize = 40;
-    spec.layers = layers;
-    spec.heads = 4;
-    spec.kvHeads = 2;
-    spec.headDim = 6;
-    spec.normEpsilon = 1e-5f;
-    spec.attentionScale = 1 / std::sqrt(6.0f);
-    for (int64_t layer = 0; layer < layers; ++layer) spec.windows.push_back(layer % 2 ? 5 : 0);
-    spec.headNorm = true;
-    spec.inverseFrequencies = {1.0f, 0.05f, 0.002f};
-    spec.tiedHead = false;
-    spec.attentionInputs = {{"q_proj", 24, 24, true}, {"k_proj", 12, 24, true}, {"v_proj", 12, 24, true}};
-    spec.attentionOutput = {"o_proj", 24, 24, false};
-    spec.mlpInputs = {{"gate_proj", 40, 24, false}, {"up_proj", 40, 24, false}};
-    spec.mlpOutput = {"down_proj", 24, 40, false};
-    spec.names = {"embed.weight",  "layers.{i}",    "norm1.weight", "norm2.weight",
-                  "q_norm.weight", "k_norm.weight", "norm.weight",  "head.weight"};
-
     modules = spec.linearModules();
     std::ofstream out(path, std::ios::binary);
-    add(out, "embed.weight", {61, 24}, 0, 1);
-    add(out, "head.weight", {61, 24}, 0, 0.4);
-    add(out, "norm.weight", {24}, 1, 0.2);
+    const double headSpread = 2 / std::sqrt(static_cast<double>(spec.hiddenSize));  // logits of size 2
+    add(out, spec.names.embedding, {spec.vocabSize, spec.hiddenSize}, 0, spec.tiedHead ? headSpread : 1);
+    if (!spec.tiedHead) add(out, spec.names.head, {spec.vocabSize, spec.hiddenSize}, 0, headSpread);
+    add(out, spec.names.finalNorm, {spec.hiddenSize}, 1, 0.2);
     for (int64_t layer = 0; layer < spec.layers; ++layer) {
       const std::string prefix = spec.layerPrefix(layer);
-      for (const char* norm : {"norm1.weight", "norm2.weight"}) add(out, prefix + norm, {24}, 1, 0.2);
-      for (const char* norm : {"q_norm.weight", "k_norm.weight"}) add(out, prefix + norm, {6}, 1, 0.2);
+      for (const auto& norm : {spec.names.attentionNorm, spec.names.mlpNorm}) add(out, prefix + norm, {spec.hiddenSize}, 1, 0.2);
+      if (spec.headNorm) {
+        for (const auto& norm : {spec.names.queryNorm, spec.names.keyNorm}) add(out, prefix + norm, {spec.headDim}, 1, 0.2);
+      }
       for (const LinearSpec& linear : spec.linears()) {
-        add(out, prefix + linear.name + ".weight", {linear.out, linear.in}, 0, 0.3);
+        add(out, prefix + linear.name + ".weight", {linear.out, linear.in}, 0, 1.5 / std::sqrt(static_cast<double>(linear.in)));
         if (linear.bias) add(out, prefix + linear.name + ".bias", {linear.out}, 0, 0.1);
       }
     }
   }
+  // A small one with everything that a Llama-like decoder may have.
+  explicit RandomCheckpoint(uint64_t seed, int64_t layers = 2) : RandomCheckpoint(seed, smallSpec(layers), DType::f32) {}
   ~RandomCheckpoint() { std::remove(path.c_str()); }
 
   std::unique_ptr<Decoder> load(const TestDevice& tested, DType type = DType::f32, bool profile = false) const {
@@ -86,7 +72,7 @@ class RandomCheckpoint {
     batch.sequenceStarts.push_back(0);
     for (const int32_t length : lengths) {
       for (int32_t t = 0; t < length; ++t) {
-        const auto id = static_cast<int32_t>(random_() % 61);
+        const auto id = static_cast<int32_t>(random_() % static_cast<uint64_t>(spec.vocabSize));
         batch.inputIds.push_back(id);
         batch.labels.push_back(t > 1 ? id : -100);
       }
@@ -101,16 +87,47 @@ class RandomCheckpoint {
   std::string path;
 
  private:
+  static DecoderSpec smallSpec(int64_t layers) {
+    DecoderSpec spec;
+    spec.vocabSize = 61;
+    spec.hiddenSize = 24;
+    spec.intermediateSize = 40;
+    spec.layers = layers;
+    spec.heads = 4;
+    spec.kvHeads = 2;
+    spec.headDim = 6;
+    spec.normEpsilon = 1e-5f;
+    spec.attentionScale = 1 / std::sqrt(6.0f);
+    for (int64_t layer = 0; layer < layers; ++layer) spec.windows.push_back(layer % 2 ? 5 : 0);
+    spec.headNorm = true;
+    spec.inverseFrequencies = {1.0f, 0.05f, 0.002f};
+    spec.tiedHead = false;
+    spec.attentionInputs = {{"q_proj", 24, 24, true}, {"k_proj", 12, 24, true}, {"v_proj", 12, 24, true}};
+    spec.attentionOutput = {"o_proj", 24, 24, false};
+    spec.mlpInputs = {{"gate_proj", 40, 24, false}, {"up_proj", 40, 24, false}};
+    spec.mlpOutput = {"down_proj", 24, 40, false};
+    spec.names = {"embed.weight",  "layers.{i}",    "norm1.weight", "norm2.weight",
+                  "q_norm.weight", "k_norm.weight", "norm.weight",  "head.weight"};
+    return spec;
+  }
   void add(std::ofstream& out, const std::string& name, const std::vector<int64_t>& shape, double center, double spread) {
     size_t count = 1;
     for (const int64_t size : shape) count *= static_cast<size_t>(size);
     std::normal_distribution<float> normal(static_cast<float>(center), static_cast<float>(spread));
-    std::vector<float> values(count);
-    for (float& value : values) value = normal(random_);
-    tensors.push_back({name, path, DType::f32, shape, static_cast<size_t>(out.tellp()), count * sizeof(float)});
-    out.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)));
+    const auto write = [&](auto element, const auto& rounded) {
+      std::vector<decltype(element)> values(count);
+      for (auto& value : values) value = rounded(normal(random_));
+      const size_t bytes = count * sizeof element;
+      tensors.push_back({name, path, fileType_, shape, static_cast<size_t>(out.tellp()), bytes});
+      out.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(bytes));
+    };
+    if (fileType_ == DType::bf16)
+      write(uint16_t{}, floatToBf16);
+    else
+      write(float{}, [](float value) { return value; });
   }
 
+  DType fileType_;
   std::mt19937_64 random_;
 };
 
