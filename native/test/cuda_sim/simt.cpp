@@ -189,8 +189,20 @@ void releaseBarrier() {
   b.atBarrier = 0;
 }
 
+// The other threads stay where they are; their stacks are started afresh for the next kernel.
+void leaveKernel() {
+  block().failed = true;
+  switchFiber(block().current->fiber, block().host);
+}
+
 void exitThread() {
   Block& b = block();
+  if (copiesUnderWay(b.current->linear)) {
+    report(cudaErrorLaunchFailure,
+           currentThreadName() +
+               ": exited while its asynchronous copies were under way, to shared memory that another block may own");
+    leaveKernel();
+  }
   dropCopies(b.current->linear);
   b.current->state = State::exited;
   --b.live;
@@ -200,12 +212,6 @@ void exitThread() {
 
 // Unwinds a thread's stack, so that nothing on it leaks.
 struct ThreadFailed {};
-
-// The other threads stay where they are; their stacks are started afresh for the next kernel.
-void leaveKernel() {
-  block().failed = true;
-  switchFiber(block().current->fiber, block().host);
-}
 
 void threadMain() {
   fiberEntered();

@@ -134,7 +134,9 @@ bool inSharedMemory(const void* address, size_t bytes);
 
 // tensor_core.cpp
 
-// Drops the asynchronous copies that a thread never waited for.
+// Whether a thread has asynchronous copies that it has not waited for.
+bool copiesUnderWay(unsigned thread);
+// Forgets a thread's copies and their groups.
 void dropCopies(unsigned thread);
 unsigned currentThread();
 

@@ -170,6 +170,10 @@ void landCopies(int pending) {
   copies.grouped -= count;
 }
 
+bool copiesUnderWay(unsigned thread) {
+  return !copiesOf(thread).all.empty();
+}
+
 void dropCopies(unsigned thread) {
   Copies& copies = copiesOf(thread);
   copies.all.clear();

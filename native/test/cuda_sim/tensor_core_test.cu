@@ -73,6 +73,7 @@ __global__ void pipelinedSum(const float* x, float* out, int stages, int lastVal
     for (int i = 0; i < 4; ++i) sum += mine[i];
     if (barrier) __syncthreads();
   }
+  waitCopies<0>();
   out[threadIdx.x] = sum;
 }
 
@@ -82,6 +83,12 @@ __global__ void copyFrom(const float* x, float* out) {
   commitCopies();
   waitCopies<0>();
   out[0] = shared[0];
+}
+
+__global__ void copyAndExit(const float* x) {
+  copyAsync16(sharedMemory<float>() + threadIdx.x * 4, x, threadIdx.x != 5);
+  commitCopies();
+  if (threadIdx.x < 3) waitCopies<0>();
 }
 
 constexpr int stages = 5, threads = 64;
@@ -183,4 +190,14 @@ TEST_CASE("an asynchronous copy that reads past the end of device memory is repo
   REQUIRE(launchKernel(copyFrom, 1, 1, 16, nullptr, in.data + 4, out.data) == cudaSuccess);
   cudaDeviceSynchronize();
   checkReported(cudaErrorIllegalAddress, "not wholly, device memory");
+}
+
+TEST_CASE("a thread that exits while its copies are under way is reported") {
+  const Fresh fresh;
+  const DeviceArray<float> in(4);
+  REQUIRE(launchKernel(copyAndExit, 1, 3, 48, nullptr, in.data) == cudaSuccess);
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);
+  REQUIRE(launchKernel(copyAndExit, 1, 4, 64, nullptr, in.data) == cudaSuccess);
+  cudaDeviceSynchronize();
+  checkReported(cudaErrorLaunchFailure, "thread (3, 0, 0): exited while its asynchronous copies");
 }
