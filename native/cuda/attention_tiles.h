@@ -73,6 +73,7 @@ __device__ inline void overSegments(const AttentionProblem& problem, int32_t fro
     body(segment);
     row = segment.stop;
   }
+  commitCopies();  // only copies of closed groups are waited for
   waitCopies<0>();
 }
 
