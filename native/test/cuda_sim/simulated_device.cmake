@@ -9,7 +9,9 @@ target_link_libraries(lora_da_cuda_sim PRIVATE ${OPENBLAS_LIBRARY})
 target_link_options(lora_da_cuda_sim PRIVATE -Wl,-z,defs)
 set_target_properties(lora_da_cuda_sim PROPERTIES BUILD_RPATH "${OPENBLAS_FOLDER}")
 add_test(NAME native_cuda_sim COMMAND native_tests)
-set(environment LORA_DA_TEST_DEVICES=cuda LORA_DA_TEST_SMALL=1 LORA_DA_CUDA_LIBRARY=$<TARGET_FILE:lora_da_cuda_sim>)
+# Between the stand-ins' products kernels run on one thread for long: the others are not to spin meanwhile.
+set(environment LORA_DA_TEST_DEVICES=cuda LORA_DA_TEST_SMALL=1 LORA_DA_CUDA_LIBRARY=$<TARGET_FILE:lora_da_cuda_sim>
+    OMP_WAIT_POLICY=passive)
 if(CUDA_MAJORS)
   list(GET CUDA_MAJORS 0 major)
   list(APPEND environment CUDA_SIM_REGISTERS=${CMAKE_BINARY_DIR}/cuda${major}/registers.txt)
