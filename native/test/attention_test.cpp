@@ -21,6 +21,13 @@ struct Case {
   int64_t padding;
 };
 
+// Columns behind the rows of each matrix. Behind `whole` ones the next row begins at a multiple of 16 bytes, as in the model, so
+// that a device may move it in vectors.
+struct Margins {
+  int64_t qkv, out, grad;
+};
+constexpr Margins odd{3, 5, 1}, whole{8, 16, 8};
+
 // q, k and v are column slices of one matrix, as the model's fused projection leaves them; their gradients of another.
 struct Problem {
   Case c;
@@ -29,15 +36,15 @@ struct Problem {
   DeviceVector<float> lse;
   DeviceVector<int32_t> rowFirst, rowEnd;
 
-  Problem(Device& device, const Case& chosen, DType type, std::mt19937_64& random)
+  Problem(Device& device, const Case& chosen, DType type, std::mt19937_64& random, const Margins& margins = whole)
       : c(chosen),
         rows(chosen.starts.back() + chosen.padding),
         qCols(int64_t{chosen.shape.heads} * chosen.shape.headDim),
         kvCols(int64_t{chosen.shape.kvHeads} * chosen.shape.headDim),
-        qkv(device, type, rows, qCols + 2 * kvCols, 3),
-        out(device, type, rows, qCols, 5),
+        qkv(device, type, rows, qCols + 2 * kvCols, margins.qkv),
+        out(device, type, rows, qCols, margins.out),
         dout(device, type, rows, qCols),
-        dqkv(device, type, rows, qCols + 2 * kvCols, 1),
+        dqkv(device, type, rows, qCols + 2 * kvCols, margins.grad),
         lse(device, static_cast<size_t>(rows * chosen.shape.heads), -1.0f),
         rowFirst(device, static_cast<size_t>(rows)),
         rowEnd(device, static_cast<size_t>(rows)) {
@@ -136,6 +143,7 @@ std::vector<Case> allCases() {
       {shapeOf(3, 3, 80, 64), {0, 191}, 1},
       {shapeOf(2, 1, 128), {0, 49, 200}, 56},
       {shapeOf(1, 1, 7), {0, 3}, 61},
+      {shapeOf(2, 1, 64), {0, 3}, 253},  // tiles with nothing but padding
       {shapeOf(1, 1, 256, 100), {0, 150}, 42},
       {shapeOf(4, 1, 32), {0, 1, 3, 50, 145, 146}, 46},
       {shapeOf(8, 1, 32, 50), {0, 200}, 56},
@@ -174,31 +182,33 @@ DEVICE_TEST_CASE("attention and its gradient equal the definition") {
   for (DType type : {DType::f32, DType::bf16}) {
     const auto device = tested.make(type);
     for (const Case& c : cases()) {
-      const uint64_t seed = freshSeed();
-      INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
-      std::mt19937_64 random(seed);
-      Problem p(*device, c, type, random);
-      const Reference reference(p);
-      const int64_t cols = p.qCols + 2 * p.kvCols;
+      for (const Margins& margins : {odd, whole}) {
+        const uint64_t seed = freshSeed();
+        INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c), ", margin ", margins.qkv);
+        std::mt19937_64 random(seed);
+        Problem p(*device, c, type, random, margins);
+        const Reference reference(p);
+        const int64_t cols = p.qCols + 2 * p.kvCols;
 
-      p.forward(*device);
-      CHECK(relativeError(p.out, [&](int64_t i, int64_t j) { return reference.out[static_cast<size_t>(i * p.qCols + j)]; }) <
-            tolerance(type));
-      double worstLse = 0;
-      for (size_t i = 0; i < p.lse.size(); ++i) worstLse = std::max(worstLse, std::abs(p.lse[i] - reference.lse[i]));
-      CHECK(worstLse < 1e-5);
+        p.forward(*device);
+        CHECK(relativeError(p.out, [&](int64_t i, int64_t j) { return reference.out[static_cast<size_t>(i * p.qCols + j)]; }) <
+              tolerance(type));
+        double worstLse = 0;
+        for (size_t i = 0; i < p.lse.size(); ++i) worstLse = std::max(worstLse, std::abs(p.lse[i] - reference.lse[i]));
+        CHECK(worstLse < 1e-5);
 
-      p.backward(*device);
-      const auto expected = [&](int64_t i, int64_t j) { return reference.dqkv[static_cast<size_t>(i * cols + j)]; };
-      // With a window of one every probability is 1 and dq and dk are exactly 0: only rounding of `out` is left of them.
-      const bool trivial = c.shape.window == 1;
-      CHECK(relativeError(p.dqkv, expected) < (trivial ? 2 : 1.5) * tolerance(type));
-      bool zeroPadding = true;
-      for (int64_t i = c.starts.back(); i < p.rows; ++i) {
-        for (int64_t j = 0; j < cols; ++j) zeroPadding = zeroPadding && p.dqkv.at(i, j) == 0.0;
-        for (int64_t j = 0; j < p.qCols; ++j) zeroPadding = zeroPadding && p.out.at(i, j) == 0.0;
+        p.backward(*device);
+        const auto expected = [&](int64_t i, int64_t j) { return reference.dqkv[static_cast<size_t>(i * cols + j)]; };
+        // With a window of one every probability is 1 and dq and dk are exactly 0: only rounding of `out` is left of them.
+        const bool trivial = c.shape.window == 1;
+        CHECK(relativeError(p.dqkv, expected) < (trivial ? 2 : 1.5) * tolerance(type));
+        bool zeroPadding = true;
+        for (int64_t i = c.starts.back(); i < p.rows; ++i) {
+          for (int64_t j = 0; j < cols; ++j) zeroPadding = zeroPadding && p.dqkv.at(i, j) == 0.0;
+          for (int64_t j = 0; j < p.qCols; ++j) zeroPadding = zeroPadding && p.out.at(i, j) == 0.0;
+        }
+        CHECK(zeroPadding);
       }
-      CHECK(zeroPadding);
     }
   }
 }
@@ -298,17 +308,27 @@ DEVICE_TEST_CASE("attention survives scores far from zero") {
 }
 
 DEVICE_TEST_CASE("a NaN in a key reaches the queries that see it and no other sequence") {
-  const uint64_t seed = freshSeed();
-  INFO("seed ", seed);
-  std::mt19937_64 random(seed);
-  const auto device = tested.make(DType::f32);
-  Problem p(*device, {shapeOf(1, 1, 16), {0, 70, 140}, 52}, DType::f32, random);
-  p.qkv.set(30 * p.qkv.stride() + p.qCols, std::nan(""));
-  p.forward(*device);
-  CHECK(std::isfinite(p.out.at(29, 0)));
-  CHECK(std::isnan(p.out.at(30, 0)));
-  CHECK(std::isnan(p.out.at(69, 0)));
-  CHECK(std::isfinite(p.out.at(70, 0)));
+  for (DType type : {DType::f32, DType::bf16}) {
+    const uint64_t seed = freshSeed();
+    INFO("seed ", seed, ", ", lora_da::nameOf(type));
+    std::mt19937_64 random(seed);
+    const auto device = tested.make(type);
+    Problem p(*device, {shapeOf(1, 1, 16), {0, 70, 140}, 52}, type, random);
+    p.qkv.set(30 * p.qkv.stride() + p.qCols, std::nan(""));
+    p.forward(*device);
+    CHECK(std::isfinite(p.out.at(29, 0)));
+    CHECK(std::isnan(p.out.at(30, 0)));
+    CHECK(std::isnan(p.out.at(69, 0)));
+    CHECK(std::isfinite(p.out.at(70, 0)));
+    p.backward(*device);
+    CHECK(std::isfinite(p.dqkv.at(29, 0)));
+    CHECK(std::isnan(p.dqkv.at(69, 0)));
+    bool finite = true;
+    for (int64_t i = 70; i < p.rows; ++i) {
+      for (int64_t j = 0; j < p.dqkv.cols(); ++j) finite = finite && std::isfinite(p.dqkv.at(i, j));
+    }
+    CHECK(finite);
+  }
 }
 
 // The bits of what attention and its gradient write.
@@ -362,20 +382,22 @@ DEVICE_TEST_CASE("cached attention equals the last row of attention") {
   for (DType type : {DType::f32, DType::bf16}) {
     const auto device = tested.make(type);
     for (const Case& c : cases()) {
-      const uint64_t seed = freshSeed();
-      INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c));
-      std::mt19937_64 random(seed);
-      Case last = c;
-      last.starts = {0, c.starts.back()};
-      Problem p(*device, last, type, random);
-      const Reference reference(p);
-      const int64_t length = c.starts.back();
-      TestMatrix out(*device, type, 1, p.qCols);
-      device->attentionCached(p.q().rowRange(length - 1, 1), p.k().rowRange(0, length), p.v().rowRange(0, length), c.shape,
-                              out.view());
-      CHECK(relativeError(out, [&](int64_t, int64_t j) {
-              return reference.out[static_cast<size_t>((length - 1) * p.qCols + j)];
-            }) < tolerance(type));
+      for (const Margins& margins : {odd, whole}) {
+        const uint64_t seed = freshSeed();
+        INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", nameOf(c), ", margin ", margins.qkv);
+        std::mt19937_64 random(seed);
+        Case last = c;
+        last.starts = {0, c.starts.back()};
+        Problem p(*device, last, type, random, margins);
+        const Reference reference(p);
+        const int64_t length = c.starts.back();
+        TestMatrix out(*device, type, 1, p.qCols);
+        device->attentionCached(p.q().rowRange(length - 1, 1), p.k().rowRange(0, length), p.v().rowRange(0, length), c.shape,
+                                out.view());
+        CHECK(relativeError(out, [&](int64_t, int64_t j) {
+                return reference.out[static_cast<size_t>((length - 1) * p.qCols + j)];
+              }) < tolerance(type));
+      }
     }
   }
 }
