@@ -18,6 +18,9 @@ namespace {
 
 constexpr DType types[] = {DType::f32, DType::bf16};
 constexpr int64_t widths[] = {1, 3, 16, 37, 64, 130, 576};
+// Margins of rows are a few elements times one of these: with the first, rows begin anywhere; with the second, where a device may
+// read whole vectors.
+constexpr int64_t grains[] = {1, 8};
 
 std::vector<float> randomFloats(size_t count, std::mt19937_64& random, double mean = 0, double scale = 1) {
   std::normal_distribution<double> normal(mean, scale);
@@ -64,28 +67,34 @@ DEVICE_TEST_CASE("rmsNorm normalizes and keeps its input and rstd, from which rm
   for (DType type : types) {
     const auto device = tested.make(type);
     for (int64_t width : widths) {
-      const uint64_t seed = freshSeed();
-      INFO(describe(seed, type, width));
-      std::mt19937_64 random(seed);
-      TestMatrix x(*device, DType::f32, 5, width, 2), y(*device, type, 5, width, 3), kept(*device, type, 5, width, 1);
-      x.randomize(random);
-      y.randomize(random);
-      const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(width), random, 1)), rstd(*device, 5);
-      const auto rstdOf = [&](int64_t i) {
-        return 1 / std::sqrt(meanSquare([&](int64_t j) { return x.exactAt(i, j); }, width) + static_cast<double>(epsilon));
-      };
-      const Matrix keptView = kept.view();
-      device->rmsNorm(x.view(), weight.data(), epsilon, y.view(), rstd.data(), &keptView);
-      const auto expected = [&](int64_t i, int64_t j) { return x.exactAt(i, j) * rstdOf(i) * weight[static_cast<size_t>(j)]; };
-      CHECK(relativeError(y, expected) < tolerance(type));
-      for (int64_t i = 0; i < 5; ++i) CHECK(rstd[static_cast<size_t>(i)] == doctest::Approx(rstdOf(i)).epsilon(1e-6));
-      CHECK(marginUntouched(y));
+      for (int64_t grain : grains) {
+        const uint64_t seed = freshSeed();
+        INFO(describe(seed, type, width));
+        std::mt19937_64 random(seed);
+        TestMatrix x(*device, DType::f32, 5, width, 2 * grain), y(*device, type, 5, width, 3 * grain),
+            kept(*device, type, 5, width, grain);
+        x.randomize(random);
+        y.randomize(random);
+        const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(width), random, 1)), rstd(*device, 5);
+        const auto rstdOf = [&](int64_t i) {
+          return 1 / std::sqrt(meanSquare([&](int64_t j) { return x.exactAt(i, j); }, width) + static_cast<double>(epsilon));
+        };
+        const Matrix keptView = kept.view();
+        device->rmsNorm(x.view(), weight.data(), epsilon, y.view(), rstd.data(), &keptView);
+        const auto expected = [&](int64_t i, int64_t j) { return x.exactAt(i, j) * rstdOf(i) * weight[static_cast<size_t>(j)]; };
+        CHECK(relativeError(y, expected) < tolerance(type));
+        for (int64_t i = 0; i < 5; ++i) CHECK(rstd[static_cast<size_t>(i)] == doctest::Approx(rstdOf(i)).epsilon(1e-6));
+        CHECK(marginUntouched(y));
 
-      CHECK(relativeError(kept, [&](int64_t i, int64_t j) { return x.exactAt(i, j); }) <= (type == DType::bf16 ? 4e-3 : 0.0));
+        CHECK(relativeError(kept, [&](int64_t i, int64_t j) { return x.exactAt(i, j); }) <= (type == DType::bf16 ? 4e-3 : 0.0));
 
-      TestMatrix again(*device, type, 5, width);
-      device->rmsNormApply(kept.view(), rstd.data(), weight.data(), again.view());
-      CHECK(relativeError(again, expected) < tolerance(type));
+        TestMatrix again(*device, type, 5, width);
+        device->rmsNormApply(kept.view(), rstd.data(), weight.data(), again.view());
+        CHECK(relativeError(again, expected) < tolerance(type));
+        TestMatrix alone(*device, type, 5, width);
+        device->rmsNorm(x.view(), weight.data(), epsilon, alone.view(), rstd.data(), nullptr);
+        CHECK(relativeError(alone, expected) < tolerance(type));
+      }
     }
   }
 }
@@ -94,33 +103,35 @@ DEVICE_TEST_CASE("rmsNormGrad accumulates the analytic gradient") {
   for (DType type : types) {
     const auto device = tested.make(type);
     for (int64_t width : widths) {
-      if (width == 1) continue;  // the gradient is 0 but for epsilon
-      const uint64_t seed = freshSeed();
-      INFO(describe(seed, type, width));
-      std::mt19937_64 random(seed);
-      TestMatrix x(*device, type, 4, width, 1), dy(*device, DType::f32, 4, width), dx(*device, DType::f32, 4, width, 2),
-          rounded(*device, type, 4, width, 1);
-      x.randomize(random, 3);
-      dy.randomize(random);
-      dx.randomize(random);
-      const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(width), random, 1));
-      DeviceVector<float> rstd(*device, 4);
-      for (int64_t i = 0; i < 4; ++i) {
-        rstd.edit()[static_cast<size_t>(i)] =
-            static_cast<float>(1 / std::sqrt(meanSquare([&](int64_t j) { return x.exactAt(i, j); }, width) + 1e-5));
+      for (int64_t grain : grains) {
+        if (width == 1) continue;  // the gradient is 0 but for epsilon
+        const uint64_t seed = freshSeed();
+        INFO(describe(seed, type, width));
+        std::mt19937_64 random(seed);
+        TestMatrix x(*device, type, 4, width, grain), dy(*device, DType::f32, 4, width),
+            dx(*device, DType::f32, 4, width, 2 * grain), rounded(*device, type, 4, width, grain);
+        x.randomize(random, 3);
+        dy.randomize(random);
+        dx.randomize(random);
+        const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(width), random, 1));
+        DeviceVector<float> rstd(*device, 4);
+        for (int64_t i = 0; i < 4; ++i) {
+          rstd.edit()[static_cast<size_t>(i)] =
+              static_cast<float>(1 / std::sqrt(meanSquare([&](int64_t j) { return x.exactAt(i, j); }, width) + 1e-5));
+        }
+        const Matrix roundedView = rounded.view();
+        device->rmsNormGrad(x.view(), rstd.data(), weight.data(), dy.view(), dx.view(), &roundedView);
+        std::vector<std::vector<double>> expected;
+        for (int64_t i = 0; i < 4; ++i) {
+          expected.push_back(normGrad([&](int64_t j) { return x.exactAt(i, j); },
+                                      [&](int64_t j) { return weight[static_cast<size_t>(j)]; },
+                                      [&](int64_t j) { return dy.exactAt(i, j); }, width, 1e-5));
+        }
+        CHECK(relativeError(dx, [&](int64_t i, int64_t j) {
+                return dx.exactAt(i, j) + expected[static_cast<size_t>(i)][static_cast<size_t>(j)];
+              }) < tolerance(DType::f32));
+        CHECK(relativeError(rounded, [&](int64_t i, int64_t j) { return dx.at(i, j); }) < (type == DType::bf16 ? 4e-3 : 1e-30));
       }
-      const Matrix roundedView = rounded.view();
-      device->rmsNormGrad(x.view(), rstd.data(), weight.data(), dy.view(), dx.view(), &roundedView);
-      std::vector<std::vector<double>> expected;
-      for (int64_t i = 0; i < 4; ++i) {
-        expected.push_back(normGrad([&](int64_t j) { return x.exactAt(i, j); },
-                                    [&](int64_t j) { return weight[static_cast<size_t>(j)]; },
-                                    [&](int64_t j) { return dy.exactAt(i, j); }, width, 1e-5));
-      }
-      CHECK(relativeError(dx, [&](int64_t i, int64_t j) {
-              return dx.exactAt(i, j) + expected[static_cast<size_t>(i)][static_cast<size_t>(j)];
-            }) < tolerance(DType::f32));
-      CHECK(relativeError(rounded, [&](int64_t i, int64_t j) { return dx.at(i, j); }) < (type == DType::bf16 ? 4e-3 : 1e-30));
     }
   }
 }
@@ -135,73 +146,76 @@ DEVICE_TEST_CASE("rope and its gradient, with and without a norm over each head"
     for (const Head& head : {Head{3, 12, 6}, Head{2, 16, 8}, Head{2, 20, 10}, Head{9, 64, 32}, Head{2, 96, 48}, Head{1, 128, 64},
                              Head{2, 80, 16}, Head{1, 7, 2}}) {
       for (bool withNorm : {false, true}) {
-        const uint64_t seed = freshSeed();
-        INFO(describe(seed, type, head.headDim), withNorm ? ", norm" : "");
-        std::mt19937_64 random(seed);
-        constexpr int64_t rows = 5;
-        const int64_t cols = head.heads * head.headDim, pairs = head.pairs;
-        TestMatrix in(*device, type, rows, cols, 7), out(*device, type, rows, cols, 1), d(*device, type, rows, cols, 2);
-        in.randomize(random, 2);
-        d.randomize(random);
-        const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(head.headDim), random, 1, 0.3));
-        DeviceVector<float> cos(*device, static_cast<size_t>(10 * pairs)), sin(*device, cos.size());
-        for (size_t i = 0; i < cos.size(); ++i) {
-          const double angle = std::uniform_real_distribution<double>(0, 6.28)(random);
-          cos.edit()[i] = static_cast<float>(std::cos(angle));
-          sin.edit()[i] = static_cast<float>(std::sin(angle));
-        }
-        const DeviceVector<int32_t> positions(*device, {0, 9, 3, 0, 1});
-        HeadNorm norm;
-        if (withNorm) norm = {weight.data(), 1e-6f};
-        const Rotary rotary{cos.data(), sin.data(), pairs};
-        const DeviceVector<float> rstd(*device, static_cast<size_t>(rows * head.heads));
-
-        const auto rstdOf = [&](int64_t i, int64_t h) {
-          return 1 / std::sqrt(meanSquare([&](int64_t e) { return in.exactAt(i, h * head.headDim + e); }, head.headDim) + 1e-6);
-        };
-        const auto normalized = [&](int64_t i, int64_t h, int64_t e) {
-          const double x = in.exactAt(i, h * head.headDim + e);
-          return withNorm ? x * rstdOf(i, h) * weight[static_cast<size_t>(e)] : x;
-        };
-        // Element e of the pair's rotation; `direction` -1 turns back.
-        const auto rotated = [&](const auto& x, int64_t i, int64_t e, double direction) {
-          if (e >= 2 * pairs) return x(e);
-          const size_t at = static_cast<size_t>(positions[static_cast<size_t>(i)] * pairs + e % pairs);
-          return e < pairs ? x(e) * cos[at] - direction * sin[at] * x(e + pairs)
-                           : x(e) * cos[at] + direction * sin[at] * x(e - pairs);
-        };
-        const auto expected = [&](int64_t i, int64_t col) {
-          const int64_t h = col / head.headDim;
-          return rotated([&](int64_t e) { return normalized(i, h, e); }, i, col % head.headDim, 1);
-        };
-        device->rope(in.view(), head.heads, head.headDim, norm, rotary, positions.data(), out.view(), rstd.data());
-        CHECK(relativeError(out, expected) < tolerance(type));
-
-        std::vector<std::vector<double>> gradient(static_cast<size_t>(rows * head.heads));
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t h = 0; h < head.heads; ++h) {
-            std::vector<double> back(static_cast<size_t>(head.headDim));
-            for (int64_t e = 0; e < head.headDim; ++e) {
-              back[static_cast<size_t>(e)] = rotated([&](int64_t f) { return d.exactAt(i, h * head.headDim + f); }, i, e, -1);
-            }
-            if (withNorm) {
-              back = normGrad([&](int64_t e) { return in.exactAt(i, h * head.headDim + e); },
-                              [&](int64_t e) { return weight[static_cast<size_t>(e)]; },
-                              [&](int64_t e) { return back[static_cast<size_t>(e)]; }, head.headDim, 1e-6);
-              CHECK(rstd[static_cast<size_t>(i * head.heads + h)] == doctest::Approx(rstdOf(i, h)).epsilon(1e-6));
-            }
-            gradient[static_cast<size_t>(i * head.heads + h)] = back;
+        for (int64_t grain : grains) {
+          const uint64_t seed = freshSeed();
+          INFO(describe(seed, type, head.headDim), withNorm ? ", norm" : "");
+          std::mt19937_64 random(seed);
+          constexpr int64_t rows = 5;
+          const int64_t cols = head.heads * head.headDim, pairs = head.pairs;
+          TestMatrix in(*device, type, rows, cols, 7 * grain), out(*device, type, rows, cols, grain),
+              d(*device, type, rows, cols, 2 * grain);
+          in.randomize(random, 2);
+          d.randomize(random);
+          const DeviceVector<float> weight(*device, randomFloats(static_cast<size_t>(head.headDim), random, 1, 0.3));
+          DeviceVector<float> cos(*device, static_cast<size_t>(10 * pairs)), sin(*device, cos.size());
+          for (size_t i = 0; i < cos.size(); ++i) {
+            const double angle = std::uniform_real_distribution<double>(0, 6.28)(random);
+            cos.edit()[i] = static_cast<float>(std::cos(angle));
+            sin.edit()[i] = static_cast<float>(std::sin(angle));
           }
-        }
-        device->ropeGrad(d.view(), in.view(), head.heads, head.headDim, norm, rotary, positions.data(), rstd.data());
-        CHECK(
-            relativeError(d, [&](int64_t i, int64_t col) {
-              return gradient[static_cast<size_t>(i * head.heads + col / head.headDim)][static_cast<size_t>(col % head.headDim)];
-            }) < tolerance(type));
+          const DeviceVector<int32_t> positions(*device, {0, 9, 3, 0, 1});
+          HeadNorm norm;
+          if (withNorm) norm = {weight.data(), 1e-6f};
+          const Rotary rotary{cos.data(), sin.data(), pairs};
+          const DeviceVector<float> rstd(*device, static_cast<size_t>(rows * head.heads));
 
-        if (!withNorm) {
-          device->rope(in.view(), head.heads, head.headDim, norm, rotary, positions.data(), in.view(), nullptr);
-          CHECK(relativeError(in, [&](int64_t i, int64_t col) { return out.at(i, col); }) == 0);
+          const auto rstdOf = [&](int64_t i, int64_t h) {
+            return 1 / std::sqrt(meanSquare([&](int64_t e) { return in.exactAt(i, h * head.headDim + e); }, head.headDim) + 1e-6);
+          };
+          const auto normalized = [&](int64_t i, int64_t h, int64_t e) {
+            const double x = in.exactAt(i, h * head.headDim + e);
+            return withNorm ? x * rstdOf(i, h) * weight[static_cast<size_t>(e)] : x;
+          };
+          // Element e of the pair's rotation; `direction` -1 turns back.
+          const auto rotated = [&](const auto& x, int64_t i, int64_t e, double direction) {
+            if (e >= 2 * pairs) return x(e);
+            const size_t at = static_cast<size_t>(positions[static_cast<size_t>(i)] * pairs + e % pairs);
+            return e < pairs ? x(e) * cos[at] - direction * sin[at] * x(e + pairs)
+                             : x(e) * cos[at] + direction * sin[at] * x(e - pairs);
+          };
+          const auto expected = [&](int64_t i, int64_t col) {
+            const int64_t h = col / head.headDim;
+            return rotated([&](int64_t e) { return normalized(i, h, e); }, i, col % head.headDim, 1);
+          };
+          device->rope(in.view(), head.heads, head.headDim, norm, rotary, positions.data(), out.view(), rstd.data());
+          CHECK(relativeError(out, expected) < tolerance(type));
+
+          std::vector<std::vector<double>> gradient(static_cast<size_t>(rows * head.heads));
+          for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t h = 0; h < head.heads; ++h) {
+              std::vector<double> back(static_cast<size_t>(head.headDim));
+              for (int64_t e = 0; e < head.headDim; ++e) {
+                back[static_cast<size_t>(e)] = rotated([&](int64_t f) { return d.exactAt(i, h * head.headDim + f); }, i, e, -1);
+              }
+              if (withNorm) {
+                back = normGrad([&](int64_t e) { return in.exactAt(i, h * head.headDim + e); },
+                                [&](int64_t e) { return weight[static_cast<size_t>(e)]; },
+                                [&](int64_t e) { return back[static_cast<size_t>(e)]; }, head.headDim, 1e-6);
+                CHECK(rstd[static_cast<size_t>(i * head.heads + h)] == doctest::Approx(rstdOf(i, h)).epsilon(1e-6));
+              }
+              gradient[static_cast<size_t>(i * head.heads + h)] = back;
+            }
+          }
+          device->ropeGrad(d.view(), in.view(), head.heads, head.headDim, norm, rotary, positions.data(), rstd.data());
+          CHECK(relativeError(d, [&](int64_t i, int64_t col) {
+                  return gradient[static_cast<size_t>(i * head.heads + col / head.headDim)]
+                                 [static_cast<size_t>(col % head.headDim)];
+                }) < tolerance(type));
+
+          if (!withNorm) {
+            device->rope(in.view(), head.heads, head.headDim, norm, rotary, positions.data(), in.view(), nullptr);
+            CHECK(relativeError(in, [&](int64_t i, int64_t col) { return out.at(i, col); }) == 0);
+          }
         }
       }
     }
@@ -235,24 +249,28 @@ DEVICE_TEST_CASE("gated MLP and its gradient for each activation") {
       for (int64_t width : widths) {
         // Wide values reach both tails; enough of them that not all lie in the lower one, where nothing is left.
         for (double scale : {1.0, 30.0}) {
-          if (scale > 1 && width < 37) continue;
-          const uint64_t seed = freshSeed();
-          INFO(describe(seed, type, width), ", activation ", static_cast<int>(function.activation), ", scale ", scale);
-          std::mt19937_64 random(seed);
-          TestMatrix gateUp(*device, type, 3, 2 * width, 1), h(*device, type, 3, width, 4), dh(*device, type, 3, width);
-          gateUp.randomize(random, scale);
-          dh.randomize(random);
-          const auto gate = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, j); };
-          const auto up = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, width + j); };
-          device->gatedMlp(gateUp.view(), function.activation, h.view());
-          CHECK(relativeError(h, [&](int64_t i, int64_t j) { return function.value(gate(i, j)) * up(i, j); }) < tolerance(type));
-          TestMatrix again(*device, type, 3, width, 2);
-          device->gatedMlpGrad(gateUp.view(), function.activation, dh.view(), again.view());
-          CHECK(relativeError(again, [&](int64_t i, int64_t j) { return h.at(i, j); }) == 0);
-          CHECK(relativeError(gateUp, [&](int64_t i, int64_t j) {
-                  return j < width ? dh.exactAt(i, j) * up(i, j) * function.slope(gate(i, j))
-                                   : dh.exactAt(i, j - width) * function.value(gate(i, j - width));
-                }) < tolerance(type));
+          for (int64_t grain : grains) {
+            if (scale > 1 && width < 37) continue;
+            const uint64_t seed = freshSeed();
+            INFO(describe(seed, type, width), ", activation ", static_cast<int>(function.activation), ", scale ", scale);
+            std::mt19937_64 random(seed);
+            TestMatrix gateUp(*device, type, 3, 2 * width, grain), h(*device, type, 3, width, 4 * grain),
+                dh(*device, type, 3, width);
+            gateUp.randomize(random, scale);
+            dh.randomize(random);
+            const auto gate = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, j); };
+            const auto up = [&](int64_t i, int64_t j) { return gateUp.exactAt(i, width + j); };
+            device->gatedMlp(gateUp.view(), function.activation, h.view());
+            CHECK(relativeError(h, [&](int64_t i, int64_t j) { return function.value(gate(i, j)) * up(i, j); }) <
+                  tolerance(type));
+            TestMatrix again(*device, type, 3, width, 2 * grain);
+            device->gatedMlpGrad(gateUp.view(), function.activation, dh.view(), again.view());
+            CHECK(relativeError(again, [&](int64_t i, int64_t j) { return h.at(i, j); }) == 0);
+            CHECK(relativeError(gateUp, [&](int64_t i, int64_t j) {
+                    return j < width ? dh.exactAt(i, j) * up(i, j) * function.slope(gate(i, j))
+                                     : dh.exactAt(i, j - width) * function.value(gate(i, j - width));
+                  }) < tolerance(type));
+          }
         }
       }
     }
@@ -277,22 +295,24 @@ DEVICE_TEST_CASE("squareSum adds the squares of each column, the same bits each 
     const auto device = tested.make(type);
     for (int64_t width : widths) {
       for (int64_t rows : {1, 16, 65, 1000}) {
-        const uint64_t seed = freshSeed();
-        INFO(describe(seed, type, width), ", rows ", rows);
-        std::mt19937_64 random(seed);
-        TestMatrix x(*device, type, rows, width, 5);
-        x.randomize(random, 1e-4);
-        const DeviceVector<double> sums(*device, static_cast<size_t>(width + 1), 0.25),
-            again(*device, static_cast<size_t>(width + 1), 0.25);
-        device->squareSum(x.view(), sums.data());
-        device->squareSum(x.view(), again.data());
-        CHECK(again.host() == sums.host());
-        for (int64_t j = 0; j < width; ++j) {
-          double expected = 0;
-          for (int64_t i = 0; i < rows; ++i) expected += x.exactAt(i, j) * x.exactAt(i, j);
-          CHECK(sums[static_cast<size_t>(j)] - 0.25 == doctest::Approx(expected).epsilon(1e-6));
+        for (int64_t grain : grains) {
+          const uint64_t seed = freshSeed();
+          INFO(describe(seed, type, width), ", rows ", rows);
+          std::mt19937_64 random(seed);
+          TestMatrix x(*device, type, rows, width, 5 * grain);
+          x.randomize(random, 1e-4);
+          const DeviceVector<double> sums(*device, static_cast<size_t>(width + 1), 0.25),
+              again(*device, static_cast<size_t>(width + 1), 0.25);
+          device->squareSum(x.view(), sums.data());
+          device->squareSum(x.view(), again.data());
+          CHECK(again.host() == sums.host());
+          for (int64_t j = 0; j < width; ++j) {
+            double expected = 0;
+            for (int64_t i = 0; i < rows; ++i) expected += x.exactAt(i, j) * x.exactAt(i, j);
+            CHECK(sums[static_cast<size_t>(j)] - 0.25 == doctest::Approx(expected).epsilon(1e-6));
+          }
+          CHECK(sums[static_cast<size_t>(width)] == 0.25);
         }
-        CHECK(sums[static_cast<size_t>(width)] == 0.25);
       }
     }
   }
