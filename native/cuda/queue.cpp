@@ -81,7 +81,7 @@ cudaGraphExec_t Queue::capture(const std::function<void()>& body) {
   return executable;
 }
 
-void Queue::recorded(const std::function<void()>& body) {
+Queue::Fingerprint Queue::observe(const std::function<void()>& body) {
   mode_ = Mode::observe;
   fingerprint_ = {};
   try {
@@ -91,8 +91,16 @@ void Queue::recorded(const std::function<void()>& body) {
     throw;
   }
   mode_ = Mode::run;
-  const Fingerprint key = fingerprint_;
+  return fingerprint_;
+}
+
+void Queue::recorded(const std::function<void()>& body) {
+  Fingerprint key = observe(body);
   auto found = graphs_.find(key);
+  if (found == graphs_.end()) {
+    key = observe(body);  // scratch memory that grew just now lies elsewhere for what came before
+    found = graphs_.find(key);
+  }
   if (found == graphs_.end()) {
     if (graphs_.size() >= mostGraphs) {
       synchronize();

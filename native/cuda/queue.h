@@ -60,6 +60,10 @@ class Queue {
  private:
   enum class Mode { run, observe, capture };
   static constexpr size_t defaultSharedBytes = 48 * 1024;
+  struct Fingerprint {
+    uint64_t first = 0, second = 0;
+    bool operator==(const Fingerprint& other) const { return first == other.first && second == other.second; }
+  };
 
   template <class T>
   void note(const T& value) {
@@ -73,12 +77,8 @@ class Queue {
   }
   void noteBytes(const void* bytes, size_t count);
   void allowShared(const void* kernel, size_t bytes);
+  Fingerprint observe(const std::function<void()>& body);
   cudaGraphExec_t capture(const std::function<void()>& body);
-
-  struct Fingerprint {
-    uint64_t first = 0, second = 0;
-    bool operator==(const Fingerprint& other) const { return first == other.first && second == other.second; }
-  };
   struct Hash {
     size_t operator()(const Fingerprint& key) const { return static_cast<size_t>(key.first); }
   };

@@ -321,7 +321,6 @@ DEVICE_TEST_CASE("a NaN in a key reaches the queries that see it and no other se
     CHECK(std::isnan(p.out.at(69, 0)));
     CHECK(std::isfinite(p.out.at(70, 0)));
     p.backward(*device);
-    CHECK(std::isfinite(p.dqkv.at(29, 0)));
     CHECK(std::isnan(p.dqkv.at(69, 0)));
     bool finite = true;
     for (int64_t i = 70; i < p.rows; ++i) {
