@@ -50,6 +50,12 @@ inline Dense sum(Real scaleA, const Dense& a, Real scaleB, const Dense& b) {
   return c;
 }
 
+// What a device is given of it.
+inline Dense roundedToDouble(Dense a) {
+  for (Real& x : a.data) x = static_cast<double>(x);
+  return a;
+}
+
 inline double norm(const Dense& a) {
   Real total = 0;
   for (const Real x : a.data) total += x * x;
