@@ -1,9 +1,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <utility>
 
 #include "cuda/dense_elementwise.h"
 #include "cuda/lowest_eigenpairs.h"
+#include "cuda/symmetric_eigenpairs.h"
 
 namespace lora_da::cuda {
 
@@ -19,10 +22,19 @@ constexpr double tolerance = 2e-14, mostTolerance = 1e-13;
 constexpr size_t stepsWithoutGain = 5;  // in which the largest residual is not halved
 constexpr double orthogonality = 1e-12;
 
-constexpr int mostSteps = 120;
-constexpr int firstSteps = 3;  // on A alone, which show where its spectrum begins
+// In a block's Gram matrix: what one more orthonormalization leaves is rounding.
+constexpr double nearlyOrthonormal = 0.01;
+
+constexpr int mostSteps = 300;
+constexpr int firstSteps = 5;   // on A alone, which show where its spectrum begins and how fast the residuals go down
+constexpr int stepsOfPace = 4;  // that tell how fast they do
 constexpr int mostInversions = 16;
 constexpr int stepsBetweenInversions = 3;
+// An inversion, n^3 multiplications and additions, takes as long as about this many steps, each of which reads A and perhaps the
+// inverse once and waits for the host a few times; and some steps follow it.
+double stepsWorthInversion(int64_t n) {
+  return 6 + static_cast<double>(n) / 256;
+}
 // A new shift is worth an inversion when it brings the last wanted pair so many times nearer.
 constexpr double worthwhile = 3;
 // The shift stays below the lowest wanted Ritz value by this part of the wanted range, and by this multiple of the estimated
@@ -109,6 +121,40 @@ Combination orthonormalCombination(const std::vector<double>& gram, int64_t coun
   return result;
 }
 
+// The largest element of gram - I [count, count].
+double differenceFromIdentity(const std::vector<double>& gram, int64_t count) {
+  double largest = 0;
+  for (int64_t i = 0; i < count * count; ++i) {
+    const double difference = std::abs(gram[static_cast<size_t>(i)] - (i % (count + 1) == 0 ? 1 : 0));
+    if (std::isnan(difference)) return difference;
+    largest = std::max(largest, difference);
+  }
+  return largest;
+}
+
+// The orthonormal columns `basis` [rows, .] and what those of `more` [moreRows, .], zero in the rows after moreRows, have beside
+// them.
+std::vector<double> joined(std::vector<double> basis, int64_t rows, const std::vector<double>& more, int64_t moreRows) {
+  constexpr double smallest = 1e-5;
+  const auto length = [rows](const double* x) { return std::sqrt(std::inner_product(x, x + rows, x, 0.0)); };
+  for (auto from = more.begin(); from != more.end(); from += moreRows) {
+    std::vector<double> column(static_cast<size_t>(rows), 0.0);
+    std::copy_n(from, moreRows, column.begin());
+    bool independent = true;
+    for (int pass = 0; pass < 2 && independent; ++pass) {  // twice is enough
+      for (const double* other = basis.data(); other < basis.data() + basis.size(); other += rows) {
+        const double overlap = std::inner_product(other, other + rows, column.begin(), 0.0);
+        for (int64_t i = 0; i < rows; ++i) column[i] -= overlap * other[i];
+      }
+      const double left = length(column.data());
+      independent = left > smallest;
+      for (double& value : column) value /= left;
+    }
+    if (independent) basis.insert(basis.end(), column.begin(), column.end());
+  }
+  return basis;
+}
+
 }  // namespace
 
 LowestEigenpairs::LowestEigenpairs(Dense& dense, double* a, int64_t n, int64_t count)
@@ -143,24 +189,15 @@ void LowestEigenpairs::layOut(char* memory) {
   residuals_ = columns(n_, width_);
   block_ = columns(n_, 2 * width_);
   other_ = columns(n_, width_);
-  projection_ = columns(most_, most_);
-  preceding_ = columns(most_, width_);
-  kept_ = columns(most_, 2 * width_);
-  smallBlock_ = columns(most_, width_);
-  smallOther_ = columns(most_, width_);
-  values_ = columns(most_, 1).data;
-  coefficients_ = columns(most_, width_).data;
-  gram_ = columns(width_, width_).data;
-  combination_ = columns(width_, width_).data;
+  values_ = columns(width_, 1).data;
+  small_ = columns(most_, most_).data;
+  weights_ = columns(width_, width_).data;
   workspace_ = take(workspaceBytes_);
   total_ = used;
 }
 
 size_t LowestEigenpairs::bytes() {
   workspaceBytes_ = std::max(dense_.factorBytes(a_.data, n_), dense_.inverseBytes(a_.data, n_));
-  for (int64_t size = width_; size <= most_; ++size) {  // nothing says that the workspace grows with the order
-    workspaceBytes_ = std::max(workspaceBytes_, dense_.eigenBytes({a_.data, size, size, size}, a_.data));
-  }
   layOut(nullptr);
   return total_;
 }
@@ -168,44 +205,49 @@ size_t LowestEigenpairs::bytes() {
 std::vector<double> LowestEigenpairs::read(const double* from, int64_t count) {
   std::vector<double> host(static_cast<size_t>(count));
   check(cudaMemcpyAsync(host.data(), from, host.size() * sizeof(double), cudaMemcpyDeviceToHost, queue_.stream()),
-        "reading eigenvalues back");
+        "reading a small matrix back");
   queue_.synchronize();
   return host;
 }
 
+// Pageable memory has been read when the call returns.
+void LowestEigenpairs::send(double* to, const std::vector<double>& from) {
+  check(cudaMemcpyAsync(to, from.data(), from.size() * sizeof(double), cudaMemcpyHostToDevice, queue_.stream()),
+        "sending a small matrix");
+}
+
 // x^T y, column-major, on the host.
 std::vector<double> LowestEigenpairs::gram(const Columns& x, const Columns& y) {
-  dense_.multiply(CUBLAS_OP_T, x, y, 1, 0, {gram_, x.cols, y.cols, x.cols});
-  return read(gram_, x.cols * y.cols);
+  dense_.multiply(CUBLAS_OP_T, x, y, 1, 0, {small_, x.cols, y.cols, x.cols});
+  return read(small_, x.cols * y.cols);
 }
 
 // --- the iteration -------------------------------------------------------------------------------------------------
 
 // Makes `block` orthonormal and orthogonal to `basis`, and appends it; returns how many columns that added. Both buffers are
-// overwritten. Once through leaves errors of the rounding times the square of the block's condition, twice of the rounding; the
-// third is for what was nearly within the basis.
+// overwritten. Once through leaves errors of the rounding times the square of the block's condition, twice of the rounding; more
+// are for what was nearly within the basis, whose columns are not yet orthonormal the second time.
 int64_t LowestEigenpairs::orthonormalize(const Columns& basis, Columns block, Columns other) {
-  constexpr int rounds = 3;
-  for (int round = 0; round < rounds; ++round) {
+  constexpr int mostRounds = 4;
+  for (int round = 0;; ++round) {
     if (basis.cols > 0) {
-      const Columns overlap{coefficients_, basis.cols, block.cols, basis.cols};
+      const Columns overlap{small_, basis.cols, block.cols, basis.cols};
       dense_.multiply(CUBLAS_OP_T, basis, block, 1, 0, overlap);
       dense_.multiply(CUBLAS_OP_N, basis, overlap, -1, 1, block);
     }
-    const Combination combination = orthonormalCombination(gram(block, block), block.cols);
+    const std::vector<double> products = gram(block, block);
+    const Combination combination = orthonormalCombination(products, block.cols);
     if (combination.rank == 0) return 0;
-    const Columns weights{combination_, block.cols, combination.rank, block.cols};
-    check(cudaMemcpyAsync(weights.data, combination.weights.data(), combination.weights.size() * sizeof(double),
-                          cudaMemcpyHostToDevice, queue_.stream()),
-          "sending weights");
-    const bool last = round == rounds - 1;
+    const Columns weights{weights_, block.cols, combination.rank, block.cols};
+    send(weights_, combination.weights);
+    const bool last = round == mostRounds - 1 || (round > 0 && differenceFromIdentity(products, block.cols) < nearlyOrthonormal);
     Columns target = last ? Columns{basis.data + basis.cols * basis.leading, basis.rows, 0, basis.leading} : other;
     target.cols = combination.rank;
     dense_.multiply(CUBLAS_OP_N, block, weights, 1, 0, target);
+    if (last) return target.cols;
     other = block;
     block = target;
   }
-  return block.cols;
 }
 
 void LowestEigenpairs::start() {
@@ -224,22 +266,32 @@ std::vector<double> LowestEigenpairs::residualNorms(const Columns& product, int6
   return norms;
 }
 
-// Rayleigh and Ritz: the lowest eigenpairs of Q^T A Q, their vectors in the whole space and their residuals.
-void LowestEigenpairs::project(Ritz& ritz) {
+// Rayleigh and Ritz: the lowest eigenpairs of Q^T A Q, their vectors in the whole space and their residuals. False where A has
+// elements that are no numbers.
+bool LowestEigenpairs::project(Ritz& ritz) {
   const Columns q = space_.range(0, size_), aq = product_.range(0, size_);
-  projection_ = {projection_.data, size_, size_, size_};
-  dense_.multiply(CUBLAS_OP_T, q, aq, 1, 0, projection_);
-  dense_.eigenpairs(projection_, values_, workspace_, workspaceBytes_);
-  ritz.values = read(values_, size_);
+  std::vector<double> projection = gram(q, aq);
+  for (const double value : projection) {
+    if (!std::isfinite(value)) return false;
+  }
+  SymmetricEigenpairs pairs = symmetricEigenpairs(std::move(projection), size_);
+  ritz.values = std::move(pairs.values);
   norm_ = std::max({norm_, std::abs(ritz.values.front()), std::abs(ritz.values.back())});
-  const Columns lowest = projection_.range(0, width_);
+  preceding_ = std::move(ritzVectors_);
+  ritzVectors_ = std::move(pairs.vectors);
+  ritzVectors_.resize(static_cast<size_t>(size_ * width_));
+
+  send(values_, {ritz.values.begin(), ritz.values.begin() + width_});
+  send(small_, ritzVectors_);
+  const Columns lowest{small_, size_, width_, size_};
   dense_.multiply(CUBLAS_OP_N, q, lowest, 1, 0, vectors_);
   dense_.multiply(CUBLAS_OP_N, aq, lowest, 1, 0, residuals_);
   ritz.residuals = residualNorms(residuals_, width_);
+  largest_.push_back(*std::max_element(ritz.residuals.begin(), ritz.residuals.begin() + count_));
+  return true;
 }
 
-bool LowestEigenpairs::comesNoFurther(const Ritz& ritz) {
-  largest_.push_back(*std::max_element(ritz.residuals.begin(), ritz.residuals.begin() + count_));
+bool LowestEigenpairs::comesNoFurther() const {
   return largest_.size() > stepsWithoutGain && largest_.back() > 0.5 * largest_[largest_.size() - 1 - stepsWithoutGain];
 }
 
@@ -254,43 +306,18 @@ bool LowestEigenpairs::confirm() {
 
 // Q becomes the present Ritz vectors and what the preceding ones have beside them.
 void LowestEigenpairs::shrink() {
-  const Columns lowest = projection_.range(0, width_);
-  const size_t bytes = static_cast<size_t>(size_ * width_) * sizeof(double);
-  Columns kept{kept_.data, size_, width_, size_};
-  queue_.copy(kept.data, lowest.data, bytes);
-  if (hasPreceding_) {
-    Columns before{smallBlock_.data, size_, width_, size_}, other{smallOther_.data, size_, width_, size_};
-    check(cudaMemcpy2DAsync(before.data, static_cast<size_t>(size_) * sizeof(double), preceding_.data,
-                            static_cast<size_t>(most_) * sizeof(double), static_cast<size_t>(size_) * sizeof(double),
-                            static_cast<size_t>(width_), cudaMemcpyDeviceToDevice, queue_.stream()),
-          "copying vectors");
-    kept.cols += orthonormalize(kept, before, other);
-  }
+  const std::vector<double> coordinates =
+      joined(ritzVectors_, size_, preceding_, static_cast<int64_t>(preceding_.size()) / width_);
+  send(small_, coordinates);
+  const Columns kept{small_, size_, static_cast<int64_t>(coordinates.size()) / size_, size_};
   for (const Columns& columns : {space_, product_}) {
     const Columns result = block_.range(0, kept.cols);
     dense_.multiply(CUBLAS_OP_N, columns.range(0, size_), kept, 1, 0, result);
     queue_.copy(columns.data, result.data, static_cast<size_t>(n_ * kept.cols) * sizeof(double));
   }
   size_ = kept.cols;
-}
-
-// The present Ritz vectors in the space as it is before its next columns: zeros follow for those. After a shrink they are its
-// first columns.
-void LowestEigenpairs::rememberVectors(bool shrunk) {
-  const size_t elements = static_cast<size_t>(most_ * width_), pitch = static_cast<size_t>(most_) * sizeof(double);
-  queue_.fill(preceding_.data, 0, elements * sizeof(double));
-  const size_t rowBytes = static_cast<size_t>(size_) * sizeof(double);
-  if (shrunk) {
-    std::vector<double> identity(elements, 0.0);
-    for (int64_t i = 0; i < width_; ++i) identity[static_cast<size_t>(i * most_ + i)] = 1;
-    check(cudaMemcpyAsync(preceding_.data, identity.data(), elements * sizeof(double), cudaMemcpyHostToDevice, queue_.stream()),
-          "sending vectors");
-  } else {
-    check(cudaMemcpy2DAsync(preceding_.data, pitch, projection_.data, rowBytes, rowBytes, static_cast<size_t>(width_),
-                            cudaMemcpyDeviceToDevice, queue_.stream()),
-          "copying vectors");
-  }
-  hasPreceding_ = true;
+  ritzVectors_.assign(static_cast<size_t>(size_ * width_), 0.0);
+  for (int64_t i = 0; i < width_; ++i) ritzVectors_[static_cast<size_t>(i * size_ + i)] = 1;
 }
 
 void LowestEigenpairs::formShifted(const Columns& moved, double shift) {
@@ -307,13 +334,24 @@ bool LowestEigenpairs::invertShifted(double shift, int64_t first) {
   if (inverted_) {
     dense_.invert(inverse_.data, n_, workspace_, workspaceBytes_);
     shift_ = shift;
+    moved_ = first;
   }
   return inverted_;
+}
+
+// To the goal, at the pace of the last few steps with the same inverse; infinite where the residuals stand still.
+double LowestEigenpairs::stepsLeft() const {
+  const int steps = std::min(stepsOfPace, steps_ - std::max(lastInversion_, 1));
+  if (steps < 1) return 0;
+  const double now = largest_.back(), before = largest_[largest_.size() - 1 - static_cast<size_t>(steps)];
+  const double gain = std::log(before / now) / steps;
+  return gain > 0 ? std::log(now / (tolerance * norm_)) / gain : unknown;
 }
 
 // `first`: the lowest pair that has not converged.
 void LowestEigenpairs::moveShift(const Ritz& ritz, int64_t first) {
   if (steps_ <= firstSteps || (inverted_ && steps_ - lastInversion_ < stepsBetweenInversions)) return;
+  if (stepsLeft() < stepsWorthInversion(n_)) return;
   const double lowest = ritz.values[first], last = ritz.values[count_ - 1];
   const double error = std::min(ritz.residuals[first], errorMargin * errors_[first]);
   double margin = std::max({error, rangeMargin * (last - lowest), 16 * static_cast<double>(n_) * epsilon * norm_});
@@ -321,6 +359,27 @@ void LowestEigenpairs::moveShift(const Ritz& ritz, int64_t first) {
   for (int tries = 0; tries < mostTries && inversions_ < mostInversions; ++tries, margin *= marginGrowth) {
     if (invertShifted(lowest - margin, first)) return;
   }
+}
+
+// Rayleigh and Ritz tell vectors apart by v^T A v, which rounding blurs by epsilon |A|. A Ritz vector with a residual below
+// sqrt(epsilon) |A| may hold less than that of directions with large eigenvalues, so that nothing tells how much of its
+// preconditioned residual, which lies mostly in directions of small ones, takes them away. The residuals then stand still.
+bool LowestEigenpairs::drownsInRounding() const {
+  constexpr int steps = 3;
+  return inverted_ && steps_ - std::max(lastInversion_, lastRestart_) >= steps &&
+         largest_.back() < std::sqrt(epsilon) * norm_ && largest_.back() > 0.5 * largest_[largest_.size() - 1 - steps];
+}
+
+// A step of inverse iteration, which takes those directions away whatever Rayleigh and Ritz see of them: the space begins anew
+// with the inverse times the Ritz vectors. Those that were moved out of the inverse's way stay as they are.
+bool LowestEigenpairs::restart() {
+  lastRestart_ = steps_;
+  ritzVectors_.clear();
+  queue_.copy(block_.data, vectors_.data, static_cast<size_t>(n_ * moved_) * sizeof(double));
+  dense_.multiply(CUBLAS_OP_N, inverse_, vectors_.range(moved_, width_ - moved_), 1, 0, block_.range(moved_, width_ - moved_));
+  size_ = orthonormalize(space_.range(0, 0), block_.range(0, width_), other_);
+  dense_.multiply(CUBLAS_OP_N, a_, space_.range(0, size_), 1, 0, product_.range(0, size_));
+  return size_ == width_;
 }
 
 // Adds the preconditioned residuals of the pairs from `first` on to the space.
@@ -345,11 +404,7 @@ bool LowestEigenpairs::expand(int64_t first) {
 
 bool LowestEigenpairs::nothingMissed(const Ritz& ritz) {
   const Columns wanted = vectors_.range(0, count_);
-  const std::vector<double> products = gram(wanted, wanted);
-  for (int64_t i = 0; i < count_ * count_; ++i) {
-    const double expected = i % (count_ + 1) == 0 ? 1 : 0;
-    if (!(std::abs(products[static_cast<size_t>(i)] - expected) <= orthogonality)) return false;
-  }
+  if (!(differenceFromIdentity(gram(wanted, wanted), count_) <= orthogonality)) return false;
   formShifted(wanted, ritz.values[count_ - 1] - static_cast<double>(n_) * epsilon * norm_);
   return dense_.factor(inverse_.data, n_, workspace_, workspaceBytes_) == 0;
 }
@@ -359,8 +414,8 @@ bool LowestEigenpairs::find(void* memory, double* values, double* vectors) {
   start();
   Ritz ritz;
   for (steps_ = 1; steps_ <= mostSteps && size_ >= width_; ++steps_) {
-    project(ritz);
-    const double goal = (comesNoFurther(ritz) ? mostTolerance : tolerance) * norm_;
+    if (!project(ritz)) return false;
+    const double goal = (comesNoFurther() ? mostTolerance : tolerance) * norm_;
     const auto wanted = ritz.residuals.begin() + count_;
     const auto lowest = std::find_if_not(ritz.residuals.begin(), wanted, [&](double residual) { return residual <= goal; });
     if (lowest == wanted && confirm()) {
@@ -371,9 +426,11 @@ bool LowestEigenpairs::find(void* memory, double* values, double* vectors) {
     }
     const int64_t first = std::min<int64_t>(lowest - ritz.residuals.begin(), count_ - 1);
     moveShift(ritz, first);
-    const bool full = size_ + width_ > most_;
-    if (full) shrink();
-    rememberVectors(full);
+    if (drownsInRounding()) {
+      if (!restart()) return false;
+      continue;
+    }
+    if (size_ + width_ > most_) shrink();
     if (!expand(first)) return false;
   }
   return false;

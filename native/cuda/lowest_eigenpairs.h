@@ -1,11 +1,16 @@
 // The few lowest eigenpairs of a large symmetric matrix, without reducing all of it: a block Davidson iteration (Crouzeix,
-// Philippe & Sadkane 1994) whose preconditioner is a true inverse, (A + c V V^T - shift I)^-1. The shift lies just below the
-// lowest eigenvalue that is still wanted, the pairs found before it, V, are moved out of the way: so the matrix is positive
-// definite, a Cholesky factor makes the inverse, and its failure tells that the shift was too high. As pairs converge the shift
-// follows, which takes spectra that grow over many orders of magnitude a few inversions.
+// Philippe & Sadkane 1994). It begins on A alone, which is all that a spectrum with a few outstanding low eigenvalues needs, such
+// as a displacement gives to LoRA-DA's omega. Where the residuals go down too slowly for that, their preconditioner is a true
+// inverse, (A + c V V^T - shift I)^-1. The shift lies just below the lowest eigenvalue that is still wanted, the pairs found
+// before it, V, are moved out of the way: so the matrix is positive definite, a Cholesky factor makes the inverse, and its failure
+// tells that the shift was too high. As pairs converge the shift follows, which takes spectra that grow over many orders of
+// magnitude a few inversions. An inversion is made only where it saves more steps than it costs.
 //
 // The search space is kept orthonormal in full. When it is full it shrinks to the present and the preceding Ritz vectors (as
-// much as a conjugate gradient iteration keeps; Stathopoulos & Saad 1998).
+// much as a conjugate gradient iteration keeps; Stathopoulos & Saad 1998). Where rounding hides from Rayleigh and Ritz what the
+// preconditioned residuals improve, the space begins anew with a step of inverse iteration.
+//
+// What is small lies on the host, the projected eigenproblem too: a step enqueues some 25 pieces of work and waits four times.
 //
 // The answer is certified, or there is none:
 // - each pair has a true residual |A v - theta v| of at most 1e-13 |A|, and the vectors are orthonormal to 1e-12, so that there
@@ -45,20 +50,23 @@ class LowestEigenpairs {
 
   void layOut(char* memory);
   void start();
-  void project(Ritz& ritz);
+  bool project(Ritz& ritz);
   std::vector<double> residualNorms(const Columns& product, int64_t count);
-  bool comesNoFurther(const Ritz& ritz);
+  bool comesNoFurther() const;
   bool confirm();
   void shrink();
-  void rememberVectors(bool shrunk);
+  double stepsLeft() const;
   void moveShift(const Ritz& ritz, int64_t first);
   bool invertShifted(double shift, int64_t first);
+  bool drownsInRounding() const;
+  bool restart();
   bool expand(int64_t first);
   bool nothingMissed(const Ritz& ritz);
 
   void formShifted(const Columns& moved, double shift);
   int64_t orthonormalize(const Columns& basis, Columns block, Columns other);
   std::vector<double> read(const double* from, int64_t count);
+  void send(double* to, const std::vector<double>& from);
   std::vector<double> gram(const Columns& x, const Columns& y);
 
   Dense& dense_;
@@ -68,25 +76,27 @@ class LowestEigenpairs {
   const int64_t width_;  // Ritz pairs that the search works on: the wanted ones and some that help them
   const int64_t most_;   // vectors that the space holds at most
 
-  Columns inverse_;                  // [n, n]
-  Columns space_, product_;          // Q, A Q [n, size_]
-  Columns vectors_, residuals_;      // [n, width_]
-  Columns block_, other_;            // [n, 2 width_], [n, width_]
-  Columns projection_;               // [most_, most_]: Q^T A Q, then its eigenvectors S
-  Columns preceding_;                // [most_, width_]: the preceding Ritz vectors in the present space
-  Columns kept_;                     // [most_, 2 width_]: what shrink keeps
-  Columns smallBlock_, smallOther_;  // [most_, width_]
-  double *values_ = nullptr, *coefficients_ = nullptr, *gram_ = nullptr, *combination_ = nullptr;
+  Columns inverse_;               // [n, n]
+  Columns space_, product_;       // Q, A Q [n, size_]
+  Columns vectors_, residuals_;   // [n, width_]
+  Columns block_, other_;         // [n, 2 width_], [n, width_]
+  double* values_ = nullptr;      // [width_]
+  double* small_ = nullptr;       // [most_, most_]: one after another, the small matrices that products make or take
+  double* weights_ = nullptr;     // [width_, width_]
   void* workspace_ = nullptr;
   size_t workspaceBytes_ = 0, total_ = 0;
 
+  // Coordinates in Q of the Ritz vectors and of those of the step before; as many rows as the space had vectors then.
+  std::vector<double> ritzVectors_, preceding_;  // [., width_]
+
   int64_t size_ = 0;
-  bool hasPreceding_ = false, inverted_ = false;
+  bool inverted_ = false;
   double norm_ = 0;              // |A|, from below
   double shift_ = 0;             // of inverse_
+  int64_t moved_ = 0;            // lowest vectors that are out of its way
   std::vector<double> errors_;   // estimates of how far each Ritz value is above its eigenvalue; infinite where unknown
   std::vector<double> largest_;  // residual of a wanted pair in each step
-  int steps_ = 0, inversions_ = 0, lastInversion_ = 0;
+  int steps_ = 0, inversions_ = 0, lastInversion_ = 0, lastRestart_ = 0;
 };
 
 }  // namespace lora_da::cuda
