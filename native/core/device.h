@@ -162,6 +162,9 @@ class Device {
   virtual size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const = 0;
   // The same for secondMoment over so many rows of this width.
   virtual size_t momentWorkspaceBytes(int64_t rows, int64_t width) const = 0;
+  // The same, for each worker of `concurrently`, for the Cholesky operations and lowestEigenpairs of `count` pairs on matrices of
+  // order n. What they are given is not in it.
+  virtual size_t denseWorkspaceBytes(int64_t n, int64_t count) const = 0;
   virtual DeviceMemory memory() const = 0;
 
   // --- products -----------------------------------------------------------------------------------------------

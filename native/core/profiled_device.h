@@ -45,6 +45,7 @@ class ProfiledDevice : public Device {
     return device_->workspaceBytes(labelRows, vocabulary);
   }
   size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override { return device_->momentWorkspaceBytes(rows, width); }
+  size_t denseWorkspaceBytes(int64_t n, int64_t count) const override { return device_->denseWorkspaceBytes(n, count); }
   DeviceMemory memory() const override { return device_->memory(); }
 
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;

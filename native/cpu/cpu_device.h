@@ -39,6 +39,7 @@ class CpuDevice : public Device {
   size_t workspaceBytes(int64_t labelRows,
                         int64_t vocabulary) const override;                 // head_loss.cpp: the head's chunk is the largest user
   size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;  // second_moment.cpp
+  size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;      // dense.cpp
   DeviceMemory memory() const override;
 
   // linear.cpp

@@ -99,6 +99,7 @@ class CudaDevice : public Device {
   void adamw(const std::vector<Parameter>& parameters, const AdamWStep* step, const double* norm, const double* loss) override;
 
   // dense.cu
+  size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;
   int64_t choleskyFactor(double* a, int64_t n) override;
   void choleskySolve(const double* factor, int64_t n, double* b, int64_t m) override;
   void choleskyInverse(double* a, int64_t n) override;

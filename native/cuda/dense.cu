@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -184,45 +185,38 @@ void Dense::choleskySolve(const double* factor, int64_t n, double* b, int64_t m)
 
 // --- eigenpairs ----------------------------------------------------------------------------------------------------
 
-Dense::WorkspaceBytes Dense::eigenWorkspace(const Columns& a, double* values) {
+namespace {
+
+// cuSOLVER's array of values has room for all n.
+size_t valueBytes(int64_t n) {
+  constexpr size_t alignment = 256;
+  return (static_cast<size_t>(n) * sizeof(double) + alignment - 1) / alignment * alignment;
+}
+
+}  // namespace
+
+Dense::WorkspaceBytes Dense::eigenRangeWorkspace(double* a, int64_t n, int64_t count) {
   const cusolverDnHandle_t handle = solver();
+  double unusedLow = 0, unusedHigh = 0;
+  int64_t found = 0;
   WorkspaceBytes bytes;
-  check(cusolverDnXsyevd_bufferSize(handle, parameters_, CUSOLVER_EIG_MODE_VECTOR, triangle, a.rows, CUDA_R_64F, a.data,
-                                    a.leading, CUDA_R_64F, values, CUDA_R_64F, &bytes.device, &bytes.host),
+  check(cusolverDnXsyevdx_bufferSize(handle, parameters_, CUSOLVER_EIG_MODE_VECTOR, CUSOLVER_EIG_RANGE_I, triangle, n,
+                                     CUDA_R_64F, a, n, &unusedLow, &unusedHigh, 1, count, &found, CUDA_R_64F, a, CUDA_R_64F,
+                                     &bytes.device, &bytes.host),
         "sizing an eigensolver");
   return bytes;
 }
 
-size_t Dense::eigenBytes(const Columns& a, double* values) {
-  return eigenWorkspace(a, values).device;
-}
-
-void Dense::eigenpairs(const Columns& a, double* values, void* workspace, size_t bytes) {
-  std::vector<char> hostWorkspace(eigenWorkspace(a, values).host);
-  check(cusolverDnXsyevd(solver(), parameters_, CUSOLVER_EIG_MODE_VECTOR, triangle, a.rows, CUDA_R_64F, a.data, a.leading,
-                         CUDA_R_64F, values, CUDA_R_64F, workspace, bytes, hostWorkspace.data(), hostWorkspace.size(), info_),
-        "finding eigenpairs");
-  lapackSucceeded(readInfo(), "syevd");
-}
-
 void Dense::eigenpairRange(double* a, int64_t n, int64_t count, double* values, double* vectors) {
-  const cusolverDnHandle_t handle = solver();
-  const cusolverEigMode_t mode = CUSOLVER_EIG_MODE_VECTOR;
-  const cusolverEigRange_t range = CUSOLVER_EIG_RANGE_I;
+  const WorkspaceBytes bytes = eigenRangeWorkspace(a, n, count);
+  auto* memory = static_cast<char*>(scratch_(valueBytes(n) + bytes.device));
+  auto* allValues = reinterpret_cast<double*>(memory);
+  std::vector<char> hostWorkspace(bytes.host);
   double unusedLow = 0, unusedHigh = 0;
   int64_t found = 0;
-  size_t device = 0, host = 0;
-  check(cusolverDnXsyevdx_bufferSize(handle, parameters_, mode, range, triangle, n, CUDA_R_64F, a, n, &unusedLow, &unusedHigh, 1,
-                                     count, &found, CUDA_R_64F, values, CUDA_R_64F, &device, &host),
-        "sizing an eigensolver");
-  // Its array of values has room for all n.
-  const size_t valueBytes = (static_cast<size_t>(n) * sizeof(double) + 255) / 256 * 256;
-  auto* memory = static_cast<char*>(scratch_(valueBytes + device));
-  auto* allValues = reinterpret_cast<double*>(memory);
-  std::vector<char> hostWorkspace(host);
-  check(cusolverDnXsyevdx(handle, parameters_, mode, range, triangle, n, CUDA_R_64F, a, n, &unusedLow, &unusedHigh, 1, count,
-                          &found, CUDA_R_64F, allValues, CUDA_R_64F, memory + valueBytes, device, hostWorkspace.data(), host,
-                          info_),
+  check(cusolverDnXsyevdx(solver(), parameters_, CUSOLVER_EIG_MODE_VECTOR, CUSOLVER_EIG_RANGE_I, triangle, n, CUDA_R_64F, a, n,
+                          &unusedLow, &unusedHigh, 1, count, &found, CUDA_R_64F, allValues, CUDA_R_64F, memory + valueBytes(n),
+                          bytes.device, hostWorkspace.data(), bytes.host, info_),
         "finding eigenpairs");
   lapackSucceeded(readInfo(), "syevdx");
   lapackSucceeded(static_cast<int>(found - count), "syevdx (eigenvalues too many)");
@@ -239,7 +233,22 @@ void Dense::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values
   eigenpairRange(a, n, count, values, vectors);
 }
 
+size_t Dense::workspaceBytes(int64_t n, int64_t count) {
+  blas();  // allocates what it works in once and for all
+  solver();
+  auto* unread = reinterpret_cast<double*>(info_);  // sizing asks for a matrix and looks at its order alone
+  size_t bytes = std::max(factorBytes(unread, n), inverseBytes(unread, n));
+  if (count == 0) return bytes;
+  bytes = std::max(bytes, valueBytes(n) + eigenRangeWorkspace(unread, n, count).device);
+  if (LowestEigenpairs::suits(n, count)) bytes = std::max(bytes, LowestEigenpairs(*this, unread, n, count).bytes());
+  return bytes;
+}
+
 // --- the device's operations ---------------------------------------------------------------------------------------
+
+size_t CudaDevice::denseWorkspaceBytes(int64_t n, int64_t count) const {
+  return dense_->workspaceBytes(n, count);
+}
 
 int64_t CudaDevice::choleskyFactor(double* a, int64_t n) {
   return dense_->choleskyFactor(a, n);

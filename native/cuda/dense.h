@@ -40,6 +40,9 @@ class Dense {
   void mirrorLower(double* a, int64_t n);
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c);
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors);
+  // What these still allocate for matrices of order n: their scratch, whatever of it there is already, and that of the libraries,
+  // which this starts to ask them.
+  size_t workspaceBytes(int64_t n, int64_t count);
 
   // --- what the eigensolver is made of (lowest_eigenpairs.cu); `workspace` as sized below, in device memory
   // c = alpha op(a) b + beta c
@@ -48,12 +51,9 @@ class Dense {
   void addOuter(const Columns& x, double alpha, const Columns& a);
   size_t factorBytes(double* a, int64_t n);
   size_t inverseBytes(double* a, int64_t n);
-  size_t eigenBytes(const Columns& a, double* values);
   // A host answer, as choleskyFactor's.
   int64_t factor(double* a, int64_t n, void* workspace, size_t bytes);
   void invert(double* a, int64_t n, void* workspace, size_t bytes);
-  // All pairs of a: values [n] ascending, the vectors replace a.
-  void eigenpairs(const Columns& a, double* values, void* workspace, size_t bytes);
   Queue& queue() { return queue_; }
 
  private:
@@ -62,7 +62,7 @@ class Dense {
   };
 
   WorkspaceBytes factorWorkspace(double* a, int64_t n);
-  WorkspaceBytes eigenWorkspace(const Columns& a, double* values);
+  WorkspaceBytes eigenRangeWorkspace(double* a, int64_t n, int64_t count);
   cublasHandle_t blas();
   cusolverDnHandle_t solver();
   int readInfo();

@@ -26,7 +26,8 @@ size_t statisticsBytes(const Projection& group, const InitializerNeeds& needs) {
 // Beside the statistics, whose place the factor and the inverse of an input moment take.
 size_t solveBytes(Decoder& model, const CollectionWork& work) {
   const auto& projections = model.projections();
-  size_t method = 0, inverse = 0;
+  Device& device = model.device();
+  size_t method = 0, inverse = 0, dense = 0;
   int64_t order = 0;
   for (size_t i = 0; i < projections.size(); ++i) {
     if (!work.wanted[i]) continue;
@@ -35,12 +36,12 @@ size_t solveBytes(Decoder& model, const CollectionWork& work) {
     for (const ProjectionPart& part : group.parts) {
       if (work.method.workspaceBytes) method = std::max(method, work.method.workspaceBytes(part.out, group.in, work.rank));
     }
-    if (work.method.needs.inputMoment && work.modules[i] > 1) {
-      inverse = std::max(inverse, bytesOf(group.in * group.in, sizeof(double)));
-    }
+    if (!work.method.needs.inputMoment) continue;
+    dense = std::max(dense, device.denseWorkspaceBytes(group.in, std::min(work.rank + 1, group.in)));
+    if (work.modules[i] > 1) inverse = std::max(inverse, bytesOf(group.in * group.in, sizeof(double)));
   }
   // Several groups may be at work at once.
-  return (method + inverse) * static_cast<size_t>(model.device().concurrency(order));
+  return (method + inverse + dense) * static_cast<size_t>(device.concurrency(order));
 }
 
 size_t deviceBytes(Decoder& model, const CollectionWork& work) {
@@ -52,7 +53,8 @@ size_t deviceBytes(Decoder& model, const CollectionWork& work) {
   for (size_t i = 0; i < work.wanted.size(); ++i) {
     if (work.wanted[i]) in = std::max(in, model.projections()[i]->in);
   }
-  return std::max(model.device().momentWorkspaceBytes(rows, in), model.device().workspaceBytes(labels, model.spec().vocabSize));
+  // Whether the two share their memory is the device's own affair.
+  return model.device().momentWorkspaceBytes(rows, in) + model.device().workspaceBytes(labels, model.spec().vocabSize);
 }
 
 size_t activationBytes(Decoder& model, const CollectionWork& work, bool layerByLayer) {
@@ -71,9 +73,9 @@ int64_t streamsHeld(int64_t layers, int64_t n) {
 CollectionPlan planned(Decoder& model, const CollectionWork& work, CollectionOrder order) {
   CollectionPlan plan;
   plan.order = order;
-  plan.resident = model.residentBytes();
   plan.activations = activationBytes(model, work, order == CollectionOrder::layerMajor);
   plan.workspace = solveBytes(model, work) + deviceBytes(model, work);
+  plan.resident = model.residentBytes();  // after the device has been asked, which may start a library to know
   return plan;
 }
 

@@ -150,6 +150,26 @@ DEVICE_TEST_CASE("an initialization that does not fit says what it needs and lea
   CHECK(flatten(model->lora()->read(model->device(), LoraSet::Array::value)) == flatten(start));
 }
 
+// The first model loads what the device's libraries load once.
+DEVICE_TEST_CASE("a start holds no more of its device's memory than its plan says") {
+  if (tested.onCpu()) return;  // its memory is the process', the test's own included
+  constexpr size_t rounding = size_t{8} << 20;  // a driver hands memory out in pages of megabytes
+  for (const auto order : {CollectionOrder::sampleMajor, CollectionOrder::layerMajor}) {
+    for (const bool loaded : {false, true}) {
+      RandomCheckpoint checkpoint(freshSeed(), 3);
+      const auto model = checkpoint.load(tested);
+      const std::vector<TokenBatch> batches = threeBatches(checkpoint);
+      model->addLora(checkpoint.modules, 2, 1);
+      size_t most = 0;
+      const auto watch = [&](auto...) { most = std::max(most, model->device().memory().held); };
+      const AdapterInitializationResult result =
+          initializeAdapters(*model, batches, loraDa(TokenMask::attention, {order, 0}), watch);
+      REQUIRE(most > 0);
+      if (loaded) CHECK(most <= result.plan->total() + rounding);
+    }
+  }
+}
+
 // Plans count what the process holds, so that budgets a few MB apart tell nothing while freed memory rests.
 DEVICE_TEST_CASE("the fastest plan that fits is taken, with as many streams kept as fit" * doctest::skip(!ownHeap)) {
   RandomCheckpoint checkpoint(freshSeed(), 5);

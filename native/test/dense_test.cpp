@@ -147,6 +147,30 @@ DEVICE_TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
   }
 }
 
+// An order from which CUDA's device searches for the lowest pairs. The first device loads what the libraries load once.
+DEVICE_TEST_CASE("dense algebra takes no more memory than a device says") {
+  if (tested.onCpu()) return;  // its memory is the process', the test's own included
+  constexpr size_t rounding = size_t{4} << 20;  // a driver hands memory out in pages of megabytes
+  const int64_t n = 1030, count = 9;
+  std::vector<double> diagonal(static_cast<size_t>(n * n), 0.0);
+  for (int64_t i = 0; i < n; ++i) diagonal[static_cast<size_t>(i * n + i)] = 1 + static_cast<double>(i);
+  for (const bool loaded : {false, true}) {
+    const auto device = tested.make(DType::f32);
+    const DeviceVector<double> a(*device, diagonal), values(*device, static_cast<size_t>(count)),
+        vectors(*device, static_cast<size_t>(count * n));
+    double* matrix = a.data();
+    device->synchronize();
+    const size_t planned = device->denseWorkspaceBytes(n, count), before = device->memory().held;
+    REQUIRE(device->choleskyFactor(matrix, n) == 0);
+    device->choleskyInverse(matrix, n);
+    device->lowestEigenpairs(matrix, n, count, values.data(), vectors.data());
+    device->synchronize();
+    const size_t taken = device->memory().held - before;
+    if (loaded) CHECK(taken <= planned + rounding);
+    CHECK(device->denseWorkspaceBytes(n, 0) <= planned);
+  }
+}
+
 DEVICE_TEST_CASE("eigenvectors of tight clusters are orthonormal") {
   const auto device = tested.make(DType::f32);
   const uint64_t seed = freshSeed();
