@@ -200,9 +200,9 @@ Dense::WorkspaceBytes Dense::eigenRangeWorkspace(double* a, int64_t n, int64_t c
   double unusedLow = 0, unusedHigh = 0;
   int64_t found = 0;
   WorkspaceBytes bytes;
-  check(cusolverDnXsyevdx_bufferSize(handle, parameters_, CUSOLVER_EIG_MODE_VECTOR, CUSOLVER_EIG_RANGE_I, triangle, n,
-                                     CUDA_R_64F, a, n, &unusedLow, &unusedHigh, 1, count, &found, CUDA_R_64F, a, CUDA_R_64F,
-                                     &bytes.device, &bytes.host),
+  check(cusolverDnXsyevdx_bufferSize(handle, parameters_, CUSOLVER_EIG_MODE_VECTOR, CUSOLVER_EIG_RANGE_I, triangle, n, CUDA_R_64F,
+                                     a, n, &unusedLow, &unusedHigh, 1, count, &found, CUDA_R_64F, a, CUDA_R_64F, &bytes.device,
+                                     &bytes.host),
         "sizing an eigensolver");
   return bytes;
 }

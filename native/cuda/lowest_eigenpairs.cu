@@ -366,8 +366,8 @@ void LowestEigenpairs::moveShift(const Ritz& ritz, int64_t first) {
 // preconditioned residual, which lies mostly in directions of small ones, takes them away. The residuals then stand still.
 bool LowestEigenpairs::drownsInRounding() const {
   constexpr int steps = 3;
-  return inverted_ && steps_ - std::max(lastInversion_, lastRestart_) >= steps &&
-         largest_.back() < std::sqrt(epsilon) * norm_ && largest_.back() > 0.5 * largest_[largest_.size() - 1 - steps];
+  return inverted_ && steps_ - std::max(lastInversion_, lastRestart_) >= steps && largest_.back() < std::sqrt(epsilon) * norm_ &&
+         largest_.back() > 0.5 * largest_[largest_.size() - 1 - steps];
 }
 
 // A step of inverse iteration, which takes those directions away whatever Rayleigh and Ritz see of them: the space begins anew

@@ -2,9 +2,9 @@
 // Philippe & Sadkane 1994). It begins on A alone, which is all that a spectrum with a few outstanding low eigenvalues needs, such
 // as a displacement gives to LoRA-DA's omega. Where the residuals go down too slowly for that, their preconditioner is a true
 // inverse, (A + c V V^T - shift I)^-1. The shift lies just below the lowest eigenvalue that is still wanted, the pairs found
-// before it, V, are moved out of the way: so the matrix is positive definite, a Cholesky factor makes the inverse, and its failure
-// tells that the shift was too high. As pairs converge the shift follows, which takes spectra that grow over many orders of
-// magnitude a few inversions. An inversion is made only where it saves more steps than it costs.
+// before it, V, are moved out of the way: so the matrix is positive definite, a Cholesky factor makes the inverse, and its
+// failure tells that the shift was too high. As pairs converge the shift follows, which takes spectra that grow over many orders
+// of magnitude a few inversions. An inversion is made only where it saves more steps than it costs.
 //
 // The search space is kept orthonormal in full. When it is full it shrinks to the present and the preceding Ritz vectors (as
 // much as a conjugate gradient iteration keeps; Stathopoulos & Saad 1998). Where rounding hides from Rayleigh and Ritz what the
@@ -76,13 +76,13 @@ class LowestEigenpairs {
   const int64_t width_;  // Ritz pairs that the search works on: the wanted ones and some that help them
   const int64_t most_;   // vectors that the space holds at most
 
-  Columns inverse_;               // [n, n]
-  Columns space_, product_;       // Q, A Q [n, size_]
-  Columns vectors_, residuals_;   // [n, width_]
-  Columns block_, other_;         // [n, 2 width_], [n, width_]
-  double* values_ = nullptr;      // [width_]
-  double* small_ = nullptr;       // [most_, most_]: one after another, the small matrices that products make or take
-  double* weights_ = nullptr;     // [width_, width_]
+  Columns inverse_;              // [n, n]
+  Columns space_, product_;      // Q, A Q [n, size_]
+  Columns vectors_, residuals_;  // [n, width_]
+  Columns block_, other_;        // [n, 2 width_], [n, width_]
+  double* values_ = nullptr;     // [width_]
+  double* small_ = nullptr;      // [most_, most_]: one after another, the small matrices that products make or take
+  double* weights_ = nullptr;    // [width_, width_]
   void* workspace_ = nullptr;
   size_t workspaceBytes_ = 0, total_ = 0;
 

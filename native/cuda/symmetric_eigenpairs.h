@@ -1,7 +1,7 @@
 // All eigenpairs of a small symmetric matrix, on the host: Householder's reduction to tridiagonal form and implicit QL with
-// Wilkinson's shift (Golub & Van Loan, Matrix Computations, 2013, sec. 8.3). For the projected problems of lowest_eigenpairs.h, of
-// order 100 or so, for which a library on the device takes longer than for the whole step around them: hundreds of tiny kernels,
-// each of which waits for the one before.
+// Wilkinson's shift (Golub & Van Loan, Matrix Computations, 2013, sec. 8.3). For the projected problems of lowest_eigenpairs.h,
+// of order 100 or so, for which a library on the device takes longer than for the whole step around them: hundreds of tiny
+// kernels, each of which waits for the one before.
 #pragma once
 
 #include <cstdint>

@@ -37,9 +37,8 @@ char* Uploads::take(size_t bytes) {
 }
 
 void Uploads::upload(void* device, const void* host, size_t bytes) {
-  stream(device, bytes, [&](void* target, size_t first, size_t count) {
-    std::memcpy(target, static_cast<const char*>(host) + first, count);
-  });
+  stream(device, bytes,
+         [&](void* target, size_t first, size_t count) { std::memcpy(target, static_cast<const char*>(host) + first, count); });
 }
 
 void Uploads::stream(void* device, size_t bytes, const std::function<void(void*, size_t, size_t)>& fill) {

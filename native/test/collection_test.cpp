@@ -152,7 +152,7 @@ DEVICE_TEST_CASE("an initialization that does not fit says what it needs and lea
 
 // The first model loads what the device's libraries load once.
 DEVICE_TEST_CASE("a start holds no more of its device's memory than its plan says") {
-  if (tested.onCpu()) return;  // its memory is the process', the test's own included
+  if (tested.onCpu()) return;                   // its memory is the process', the test's own included
   constexpr size_t rounding = size_t{8} << 20;  // a driver hands memory out in pages of megabytes
   for (const auto order : {CollectionOrder::sampleMajor, CollectionOrder::layerMajor}) {
     for (const bool loaded : {false, true}) {

@@ -149,7 +149,7 @@ DEVICE_TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
 
 // An order from which CUDA's device searches for the lowest pairs. The first device loads what the libraries load once.
 DEVICE_TEST_CASE("dense algebra takes no more memory than a device says") {
-  if (tested.onCpu()) return;  // its memory is the process', the test's own included
+  if (tested.onCpu()) return;                   // its memory is the process', the test's own included
   constexpr size_t rounding = size_t{4} << 20;  // a driver hands memory out in pages of megabytes
   const int64_t n = 1030, count = 9;
   std::vector<double> diagonal(static_cast<size_t>(n * n), 0.0);
