@@ -15,7 +15,8 @@ if [ "${1:-}" = --cuda ]; then
 fi
 cmake --build build-sanitize --parallel 2 --target native_tests
 LORA_DA_TEST_DEVICES=cpu,guarded-cpu build-sanitize/native_tests
-if cmake --build build-sanitize --target help | grep -q cuda_sim_tests; then
+targets=$(cmake --build build-sanitize --target help) # not into a pipe: grep ends with the first hit, and the build fails then
+if grep -q cuda_sim_tests <<<"$targets"; then
   cmake --build build-sanitize --parallel 2 --target cuda_sim_tests
   ctest --test-dir build-sanitize --output-on-failure -R '^cuda_sim$'
 fi
