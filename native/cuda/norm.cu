@@ -92,8 +92,15 @@ __global__ void __launch_bounds__(Shape::threads)
   });
 }
 
+// Threads of rmsNormGradKernel that a multiprocessor is to hold: their rows in registers leave room for no more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int residentThreads = 768;
+#else
+constexpr int residentThreads = 1024;
+#endif
+
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::threads, 1024 / Shape::threads)
+__global__ void __launch_bounds__(Shape::threads, residentThreads / Shape::threads)
     rmsNormGradKernel(Rows<const T> x, const float* rstd, const float* weight, Rows<const float> dy, Rows<float> dx,
                       Rows<T> rounded, int64_t rows, int64_t cols) {
   constexpr int width = Shape::width;

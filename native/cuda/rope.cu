@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(ropeThreads)
 
 // Without a norm only the pairs change.
 template <class T, int width>
-__global__ void __launch_bounds__(ropeThreads) ropeGradKernel(Rows<T> d, Heads heads, const int32_t* positions, int64_t rows) {
+__global__ void __launch_bounds__(ropeThreads, 4) ropeGradKernel(Rows<T> d, Heads heads, const int32_t* positions, int64_t rows) {
   const Team team;
   if (team.row >= rows) return;
   const Angles<width> angles(heads, team, positions[team.row]);

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(widenThreads) widenKernel(Rows<const T> x, int
 
 // partial [blocks of rows, cols]: a block sums blockRows rows of its columns, each thread every squareRows-th of them.
 template <class T, int width>
-__global__ void __launch_bounds__(squareColumns* squareRows)
+__global__ void __launch_bounds__(squareColumns* squareRows, 4)
     squareSumKernel(Rows<const T> x, int64_t rows, int64_t cols, double* partial) {
   auto* shared = sharedMemory<double>();  // [squareRows, width, squareColumns], so that neighbours use different banks
   const int64_t col = (int64_t{blockIdx.x} * squareColumns + threadIdx.x) * width;
