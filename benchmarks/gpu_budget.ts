@@ -186,6 +186,16 @@ function eigenproblems(budget: Budget, name: string, order: number, count: numbe
   budget.float64(part, `${name}: inversions, certificate`, formed, count * (inversions + 1 / 3) * order ** 3);
 }
 
+/** Z's and its inverse's norm for each input and σ for each module: so many Lanczos steps as were counted at orders 576 and 1536. */
+function norms(budget: Budget, name: string, width: number, modules: number[]): void {
+  const [steps, launches, waits] = [30, 10, 2];
+  const orders = [width, width, ...modules.map((rows) => Math.min(rows, width))];
+  const elements = layers * steps * orders.reduce((sum, order) => sum + order ** 2, 0);
+  budget.float64('solve', `${name}: norms and σ`, 8 * elements, 2 * elements);
+  const each = launches * latency.launch + waits * latency.wait;
+  budget.waiting('solve', `${name}: launches and waits of their steps`, layers * steps * orders.length * each);
+}
+
 function initialization(budget: Budget, tokens: number, rank: number): void {
   for (const { name, in: width, out, modules } of groups) {
     budget.product('collection', `${name}: G += dyᵀ x`, layers * 8 * out * width, 2 * tokens * layers * out * width);
@@ -203,6 +213,7 @@ function initialization(budget: Budget, tokens: number, rank: number): void {
     const perModule = modules.map((rows) => 2 * width * width * rows + width * width * rows);
     const solveFlops = layers * perModule.reduce((sum, value) => sum + value, 0);
     budget.float64('solve', `${name}: Δ, Ω`, layers * 8 * modules.length * width * width * 3, solveFlops);
+    norms(budget, name, width, modules);
     for (const search of Object.keys(searches) as Search[]) {
       eigenproblems(budget, name, width, layers * modules.length, rank, search);
     }
