@@ -2,17 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 
-#include "core/error.h"
+#include "core/tridiagonal.h"
 
 namespace lora_da::cuda {
 
 namespace {
-
-constexpr double epsilon = std::numeric_limits<double>::epsilon();
-constexpr int mostSweeps = 60;  // for one eigenvalue; two or three are usual
 
 // Four sums side by side, so that additions need not wait for one another.
 double dot(const double* x, const double* y, int64_t count) {
@@ -87,53 +83,16 @@ std::vector<double> productOfReflectors(const std::vector<double>& a, const std:
   return q;
 }
 
-// One sweep of QL over the unreduced block from `first` to `last`; the rotations go into the vectors.
-void sweep(std::vector<double>& diagonal, std::vector<double>& offDiagonal, int64_t first, int64_t last,
-           std::vector<double>& vectors, int64_t n) {
-  const double half = (diagonal[first + 1] - diagonal[first]) / (2 * offDiagonal[first]);
-  double g = diagonal[last] - diagonal[first] + offDiagonal[first] / (half + std::copysign(std::hypot(half, 1.0), half));
-  double s = 1, c = 1, p = 0;
-  for (int64_t i = last - 1; i >= first; --i) {
-    const double f = s * offDiagonal[i], b = c * offDiagonal[i], r = std::hypot(f, g);
-    offDiagonal[i + 1] = r;
-    if (r == 0) {  // the block falls apart here
-      diagonal[i + 1] -= p;
-      offDiagonal[last] = 0;
-      return;
-    }
-    s = f / r;
-    c = g / r;
-    g = diagonal[i + 1] - p;
-    const double t = (diagonal[i] - g) * s + 2 * c * b;
-    p = s * t;
-    diagonal[i + 1] = g + p;
-    g = c * t - b;
+// `diagonal` becomes the eigenvalues, unordered; each column of `vectors` [n, n] is turned with its eigenvalue.
+void diagonalize(std::vector<double>& diagonal, std::vector<double>& offDiagonal, std::vector<double>& vectors, int64_t n) {
+  diagonalizeTridiagonal(diagonal, offDiagonal, [&](int64_t i, double c, double s) {
     double *lower = &vectors[i * n], *upper = lower + n;
     for (int64_t k = 0; k < n; ++k) {
       const double x = lower[k], y = upper[k];
       upper[k] = s * x + c * y;
       lower[k] = c * x - s * y;
     }
-  }
-  diagonal[first] -= p;
-  offDiagonal[first] = g;
-  offDiagonal[last] = 0;
-}
-
-// `diagonal` becomes the eigenvalues, unordered; each column of `vectors` [n, n] is turned with its eigenvalue. An element below
-// the diagonal counts as zero beside the whole matrix, not beside its neighbours: where these are small, rounding puts it back.
-void diagonalize(std::vector<double>& diagonal, std::vector<double>& offDiagonal, std::vector<double>& vectors, int64_t n) {
-  double largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(diagonal[i]) + std::abs(offDiagonal[i]));
-  for (int64_t first = 0; first < n; ++first) {
-    for (int sweeps = 0;; ++sweeps) {
-      int64_t last = first;
-      while (last < n - 1 && std::abs(offDiagonal[last]) > epsilon * largest) ++last;
-      if (last == first) break;
-      if (sweeps == mostSweeps) throw Error(code::internal, "the eigenvalue iteration of a small matrix did not converge");
-      sweep(diagonal, offDiagonal, first, last, vectors, n);
-    }
-  }
+  });
 }
 
 }  // namespace

@@ -10,8 +10,8 @@
 #include <numeric>
 #include <vector>
 
-#include "core/error.h"
 #include "core/random.h"
+#include "core/tridiagonal.h"
 
 namespace lora_da {
 
@@ -21,50 +21,17 @@ constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 constexpr int kStepsBetweenTests = 4;
 constexpr const char* kBasisPurpose = "Lanczos vectors";
 
-// Implicit QL on a symmetric tridiagonal matrix, carrying only the last row of its eigenvectors (Golub & Welsch 1969):
-// diagonal [k] becomes the eigenvalues, unordered; lastRow [k] the last component of each eigenvector.
+// diagonal [k] becomes the eigenvalues, unordered; lastRow [k] the last component of each eigenvector, all of them that is needed
+// (Golub & Welsch 1969).
 void tridiagonalEigenvalues(std::vector<double>& diagonal, std::vector<double> offDiagonal, std::vector<double>& lastRow) {
-  const int k = static_cast<int>(diagonal.size());
-  offDiagonal.resize(static_cast<size_t>(k), 0.0);
-  lastRow.assign(static_cast<size_t>(k), 0.0);
+  offDiagonal.resize(diagonal.size(), 0.0);
+  lastRow.assign(diagonal.size(), 0.0);
   lastRow.back() = 1;
-  for (int l = 0; l < k; ++l) {
-    for (int sweep = 0;; ++sweep) {
-      int m = l;
-      while (m < k - 1 && std::abs(offDiagonal[m]) > kEpsilon * (std::abs(diagonal[m]) + std::abs(diagonal[m + 1]))) ++m;
-      if (m == l) break;
-      if (sweep == 60) throw Error(code::internal, "the tridiagonal eigenvalue iteration did not converge");
-      double g = (diagonal[l + 1] - diagonal[l]) / (2 * offDiagonal[l]);
-      double r = std::hypot(g, 1.0);
-      g = diagonal[m] - diagonal[l] + offDiagonal[l] / (g + std::copysign(r, g));
-      double s = 1, c = 1, p = 0;
-      int i = m - 1;
-      for (; i >= l; --i) {
-        const double f = s * offDiagonal[i], b = c * offDiagonal[i];
-        r = std::hypot(f, g);
-        offDiagonal[i + 1] = r;
-        if (r == 0) {
-          diagonal[i + 1] -= p;
-          offDiagonal[m] = 0;
-          break;
-        }
-        s = f / r;
-        c = g / r;
-        g = diagonal[i + 1] - p;
-        r = (diagonal[i] - g) * s + 2 * c * b;
-        p = s * r;
-        diagonal[i + 1] = g + p;
-        g = c * r - b;
-        const double upper = lastRow[i + 1];
-        lastRow[i + 1] = s * lastRow[i] + c * upper;
-        lastRow[i] = c * lastRow[i] - s * upper;
-      }
-      if (r == 0 && i >= l) continue;
-      diagonal[l] -= p;
-      offDiagonal[l] = g;
-      offDiagonal[m] = 0;
-    }
-  }
+  diagonalizeTridiagonal(diagonal, offDiagonal, [&](int64_t i, double c, double s) {
+    const double lower = lastRow[i], upper = lastRow[i + 1];
+    lastRow[i + 1] = s * lower + c * upper;
+    lastRow[i] = c * lower - s * upper;
+  });
 }
 
 struct Ritz {
