@@ -250,10 +250,17 @@ int64_t LowestEigenpairs::orthonormalize(const Columns& basis, Columns block, Co
   }
 }
 
+// Adds what the first `count` columns of block_ have beside the space to it; returns how many columns that are.
+int64_t LowestEigenpairs::append(int64_t count) {
+  const int64_t added = orthonormalize(space_.range(0, size_), block_.range(0, count), other_);
+  dense_.multiply(CUBLAS_OP_N, a_, space_.range(size_, added), 1, 0, product_.range(size_, added));
+  size_ += added;
+  return added;
+}
+
 void LowestEigenpairs::start() {
   queue_.launch("lowestEigenpairs", startKernel, dim3(blocksFor(n_ * width_)), dim3(threads), 0, block_.data, n_ * width_);
-  size_ = orthonormalize(space_.range(0, 0), block_.range(0, width_), other_);
-  dense_.multiply(CUBLAS_OP_N, a_, space_.range(0, size_), 1, 0, product_.range(0, size_));
+  append(width_);
 }
 
 // Subtracts values times vectors from `product`, A times vectors, and measures what is left.
@@ -377,9 +384,8 @@ bool LowestEigenpairs::restart() {
   ritzVectors_.clear();
   queue_.copy(block_.data, vectors_.data, static_cast<size_t>(n_ * moved_) * sizeof(double));
   dense_.multiply(CUBLAS_OP_N, inverse_, vectors_.range(moved_, width_ - moved_), 1, 0, block_.range(moved_, width_ - moved_));
-  size_ = orthonormalize(space_.range(0, 0), block_.range(0, width_), other_);
-  dense_.multiply(CUBLAS_OP_N, a_, space_.range(0, size_), 1, 0, product_.range(0, size_));
-  return size_ == width_;
+  size_ = 0;
+  return append(width_) == width_;
 }
 
 // Adds the preconditioned residuals of the pairs from `first` on to the space.
@@ -396,10 +402,7 @@ bool LowestEigenpairs::expand(int64_t first) {
   } else {
     queue_.copy(block.data, residuals.data, static_cast<size_t>(n_ * count) * sizeof(double));
   }
-  const int64_t added = orthonormalize(space_.range(0, size_), block, other_);
-  dense_.multiply(CUBLAS_OP_N, a_, space_.range(size_, added), 1, 0, product_.range(size_, added));
-  size_ += added;
-  return added > 0;
+  return append(count) > 0;
 }
 
 bool LowestEigenpairs::nothingMissed(const Ritz& ritz) {

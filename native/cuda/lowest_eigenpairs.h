@@ -49,6 +49,7 @@ class LowestEigenpairs {
   };
 
   void layOut(char* memory);
+  int64_t append(int64_t count);
   void start();
   bool project(Ritz& ritz);
   std::vector<double> residualNorms(const Columns& product, int64_t count);
