@@ -271,7 +271,8 @@ const kinds = new Uint8Array(65536);
 for (let code = 0; code < 65536; code++) {
   const character = String.fromCharCode(code);
   if (/[\s\p{White_Space}]/u.test(character)) kinds[code] = Kind.space;
+  else if (code >= 128) continue;
   else if (/[0-9]/.test(character)) kinds[code] = Kind.digit;
   else if (/[A-Za-z]/.test(character)) kinds[code] = Kind.letter;
-  else if (code < 128) kinds[code] = Kind.mark;
+  else kinds[code] = Kind.mark;
 }
