@@ -22,7 +22,7 @@ const assumed = { products: 0.75, attention: 0.4, memory: 0.85, float64: 0.6 };
 const latency = { launch: 5e-6, wait: 20e-6, hostWork: 0.5e-3 };
 
 /**
- * What a search for the lowest eigenpairs takes (native/cuda/lowest_eigenpairs.h), counted by running it on the CPU. Typical: omegas
+ * What a search for the lowest eigenpairs takes (native/core/lowest_eigenpairs.h), counted by running it on the CPU. Typical: omegas
  * of SmolLM2-135M and GSM8K, all 210 modules, at most, with inversions priced as at order 11008. Harsh: the slowest of 23 made
  * spectra of orders 1024 and 2048. Launches and waits per step count the copies of small matrices too.
  */

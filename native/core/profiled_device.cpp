@@ -266,6 +266,7 @@ void ProfiledDevice::symmetricProduct(const double* a, int64_t n, int64_t m, dou
         [&] { device_->symmetricProduct(a, n, m, alpha, beta, c); });
 }
 
+// As for a reduction of the whole matrix, which a search for the lowest pairs alone saves.
 void ProfiledDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
   timed("lowestEigenpairs " + std::to_string(n), {4 * cube(n) / 3, 0},
         [&] { device_->lowestEigenpairs(a, n, count, values, vectors); });

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/lowest_eigenpairs.h"
 #include "cpu/cpu_device.h"
 #include "cpu/lapack.h"
 
@@ -184,18 +185,20 @@ void CpuDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double a
   mirrorLower(c, n);
 }
 
-// The arrays of lowestEigenpairs and lowestTridiagonal; the Cholesky routines work in place.
+// The arrays of the search, or of what follows where it finds nothing; the Cholesky routines work in place.
 size_t CpuDevice::denseWorkspaceBytes(int64_t n, int64_t count) const {
   if (count == 0) return 0;
+  if (LowestEigenpairs::suits(n, count)) return LowestEigenpairs::bytes(n, count);
   const size_t size = static_cast<size_t>(n), wanted = static_cast<size_t>(count);
   const size_t doubles = (3 + 1 + wanted + 5) * size + kLapackBlock * (size + wanted + kLapackBlock);
   const size_t integers = 5 * size + wanted;
   return doubles * sizeof(double) + integers * sizeof(int) + wanted * sizeof(size_t);
 }
 
-// Householder reduction to tridiagonal form, the wanted eigenpairs of that, and back.
+// Where no search serves: Householder reduction to tridiagonal form, the wanted eigenpairs of that, and back.
 void CpuDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
   if (count < 1 || count > n) throw Error(code::invalidArgument, "lowestEigenpairs: count must lie between 1 and the order");
+  if (LowestEigenpairs::suits(n, count) && LowestEigenpairs(*this, a, n, count).find(values, vectors)) return;
   const LapackThreads threads(n);
   const int order = static_cast<int>(n), wanted = static_cast<int>(count);
   const size_t size = static_cast<size_t>(n);

@@ -160,6 +160,9 @@ function(add_cuda_device)
 endfunction()
 
 file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS ${CUDA_FOLDER}/*.cu ${CUDA_FOLDER}/*.cpp)
+foreach(shared lowest_eigenpairs symmetric_eigenpairs)  # every device's
+  list(APPEND CUDA_SOURCES ${CMAKE_CURRENT_SOURCE_DIR}/native/core/${shared}.cpp)
+endforeach()
 set(CUDA_PROBLEMS "")
 set(CUDA_MAJORS "")
 foreach(nvcc ${CUDA_COMPILERS})

@@ -2,10 +2,10 @@
 #include <string>
 #include <vector>
 
+#include "core/lowest_eigenpairs.h"
 #include "cuda/cuda_device.h"
 #include "cuda/dense.h"
 #include "cuda/library_errors.h"
-#include "cuda/lowest_eigenpairs.h"
 
 namespace lora_da::cuda {
 
@@ -97,20 +97,6 @@ void Dense::addSquare(const double* x, int64_t rows, int64_t width, const Matrix
   queue_.library(update, x, rows, width, z.data, z.stride);
 }
 
-void Dense::multiply(cublasOperation_t operation, const Columns& a, const Columns& b, double alpha, double beta,
-                     const Columns& c) {
-  check(cublasDgemm(blas(), operation, CUBLAS_OP_N, asInt(c.rows), asInt(c.cols), asInt(b.rows), &alpha, a.data, asInt(a.leading),
-                    b.data, asInt(b.leading), &beta, c.data, asInt(c.leading)),
-        "multiplying matrices");
-}
-
-void Dense::addOuter(const Columns& x, double alpha, const Columns& a) {
-  const double one = 1;
-  check(cublasDsyrk(blas(), triangle, CUBLAS_OP_N, asInt(a.rows), asInt(x.cols), &alpha, x.data, asInt(x.leading), &one, a.data,
-                    asInt(a.leading)),
-        "updating a matrix");
-}
-
 void Dense::symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c) {
   check(cublasDsyrk(blas(), triangle, CUBLAS_OP_T, asInt(n), asInt(m), &alpha, a, asInt(m), &beta, c, asInt(n)),
         "multiplying a matrix with itself");
@@ -133,20 +119,6 @@ Dense::WorkspaceBytes Dense::factorWorkspace(double* a, int64_t n) {
   return bytes;
 }
 
-size_t Dense::factorBytes(double* a, int64_t n) {
-  return factorWorkspace(a, n).device;
-}
-
-int64_t Dense::factor(double* a, int64_t n, void* workspace, size_t bytes) {
-  std::vector<char> hostWorkspace(factorWorkspace(a, n).host);
-  check(cusolverDnXpotrf(solver(), parameters_, triangle, n, CUDA_R_64F, a, n, CUDA_R_64F, workspace, bytes, hostWorkspace.data(),
-                         hostWorkspace.size(), info_),
-        "factoring a matrix");
-  const int info = readInfo();
-  if (info < 0) lapackSucceeded(info, "potrf");
-  return info;
-}
-
 size_t Dense::inverseBytes(double* a, int64_t n) {
   const cusolverDnHandle_t handle = solver();
   int elements = 0;
@@ -154,23 +126,25 @@ size_t Dense::inverseBytes(double* a, int64_t n) {
   return static_cast<size_t>(elements) * sizeof(double);
 }
 
-void Dense::invert(double* a, int64_t n, void* workspace, size_t bytes) {
+int64_t Dense::choleskyFactor(double* a, int64_t n) {
+  const WorkspaceBytes bytes = factorWorkspace(a, n);
+  std::vector<char> hostWorkspace(bytes.host);
+  check(cusolverDnXpotrf(solver(), parameters_, triangle, n, CUDA_R_64F, a, n, CUDA_R_64F, scratch_(bytes.device), bytes.device,
+                         hostWorkspace.data(), bytes.host, info_),
+        "factoring a matrix");
+  const int info = readInfo();
+  if (info < 0) lapackSucceeded(info, "potrf");
+  return info;
+}
+
+void Dense::choleskyInverse(double* a, int64_t n) {
   const cusolverDnHandle_t handle = solver();
-  check(cusolverDnDpotri(handle, triangle, asInt(n), a, asInt(n), static_cast<double*>(workspace),
+  const size_t bytes = inverseBytes(a, n);
+  check(cusolverDnDpotri(handle, triangle, asInt(n), a, asInt(n), static_cast<double*>(scratch_(bytes)),
                          static_cast<int>(bytes / sizeof(double)), info_),
         "inverting a matrix");
   lapackSucceeded(readInfo(), "potri");
   mirrorLower(a, n);
-}
-
-int64_t Dense::choleskyFactor(double* a, int64_t n) {
-  const size_t bytes = factorBytes(a, n);
-  return factor(a, n, scratch_(bytes), bytes);
-}
-
-void Dense::choleskyInverse(double* a, int64_t n) {
-  const size_t bytes = inverseBytes(a, n);
-  invert(a, n, scratch_(bytes), bytes);
 }
 
 // The library sees b^T and U = L^T, with U^T U = L L^T: b^T U^-1 U^-T.
@@ -207,7 +181,7 @@ Dense::WorkspaceBytes Dense::eigenRangeWorkspace(double* a, int64_t n, int64_t c
   return bytes;
 }
 
-void Dense::eigenpairRange(double* a, int64_t n, int64_t count, double* values, double* vectors) {
+void Dense::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
   const WorkspaceBytes bytes = eigenRangeWorkspace(a, n, count);
   auto* memory = static_cast<char*>(scratch_(valueBytes(n) + bytes.device));
   auto* allValues = reinterpret_cast<double*>(memory);
@@ -224,30 +198,20 @@ void Dense::eigenpairRange(double* a, int64_t n, int64_t count, double* values, 
   queue_.copy(vectors, a, static_cast<size_t>(count * n) * sizeof(double));
 }
 
-void Dense::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
-  if (count < 1 || count > n) throw Error(code::invalidArgument, "lowestEigenpairs: count must lie between 1 and the order");
-  if (LowestEigenpairs::suits(n, count)) {
-    LowestEigenpairs search(*this, a, n, count);
-    if (search.find(scratch_(search.bytes()), values, vectors)) return;
-  }
-  eigenpairRange(a, n, count, values, vectors);
-}
-
 size_t Dense::workspaceBytes(int64_t n, int64_t count) {
   blas();  // allocates what it works in once and for all
   solver();
   auto* unread = reinterpret_cast<double*>(info_);  // sizing asks for a matrix and looks at its order alone
-  size_t bytes = std::max(factorBytes(unread, n), inverseBytes(unread, n));
-  if (count == 0) return bytes;
-  bytes = std::max(bytes, valueBytes(n) + eigenRangeWorkspace(unread, n, count).device);
-  if (LowestEigenpairs::suits(n, count)) bytes = std::max(bytes, LowestEigenpairs(*this, unread, n, count).bytes());
-  return bytes;
+  const size_t bytes = std::max(factorWorkspace(unread, n).device, inverseBytes(unread, n));
+  return count == 0 ? bytes : std::max(bytes, valueBytes(n) + eigenRangeWorkspace(unread, n, count).device);
 }
 
 // --- the device's operations ---------------------------------------------------------------------------------------
 
+// What the algebra works in stays, so that the search's memory comes beside all of it.
 size_t CudaDevice::denseWorkspaceBytes(int64_t n, int64_t count) const {
-  return dense_->workspaceBytes(n, count);
+  const bool searched = LowestEigenpairs::suits(n, count);
+  return dense_->workspaceBytes(n, count) + (searched ? LowestEigenpairs::bytes(n, count) : 0);
 }
 
 int64_t CudaDevice::choleskyFactor(double* a, int64_t n) {
@@ -271,6 +235,8 @@ void CudaDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double 
 }
 
 void CudaDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
+  if (count < 1 || count > n) throw Error(code::invalidArgument, "lowestEigenpairs: count must lie between 1 and the order");
+  if (LowestEigenpairs::suits(n, count) && LowestEigenpairs(*this, a, n, count).find(values, vectors)) return;
   dense_->lowestEigenpairs(a, n, count, values, vectors);
 }
 

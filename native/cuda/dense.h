@@ -13,16 +13,6 @@
 
 namespace lora_da::cuda {
 
-// A column-major matrix in device memory.
-struct Columns {
-  double* data = nullptr;
-  int64_t rows = 0;
-  int64_t cols = 0;
-  int64_t leading = 0;
-
-  Columns range(int64_t first, int64_t count) const { return {data + first * leading, rows, count, leading}; }
-};
-
 class Dense {
  public:
   // `scratch(bytes)` gives device memory that is valid until its next call.
@@ -39,22 +29,11 @@ class Dense {
   void choleskyInverse(double* a, int64_t n);
   void mirrorLower(double* a, int64_t n);
   void symmetricProduct(const double* a, int64_t n, int64_t m, double alpha, double beta, double* c);
+  // From a reduction of the whole matrix.
   void lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors);
   // What these still allocate for matrices of order n: their scratch, whatever of it there is already, and that of the libraries,
   // which this starts to ask them.
   size_t workspaceBytes(int64_t n, int64_t count);
-
-  // --- what the eigensolver is made of (lowest_eigenpairs.cu); `workspace` as sized below, in device memory
-  // c = alpha op(a) b + beta c
-  void multiply(cublasOperation_t operation, const Columns& a, const Columns& b, double alpha, double beta, const Columns& c);
-  // a += alpha x x^T
-  void addOuter(const Columns& x, double alpha, const Columns& a);
-  size_t factorBytes(double* a, int64_t n);
-  size_t inverseBytes(double* a, int64_t n);
-  // A host answer, as choleskyFactor's.
-  int64_t factor(double* a, int64_t n, void* workspace, size_t bytes);
-  void invert(double* a, int64_t n, void* workspace, size_t bytes);
-  Queue& queue() { return queue_; }
 
  private:
   struct WorkspaceBytes {
@@ -62,11 +41,11 @@ class Dense {
   };
 
   WorkspaceBytes factorWorkspace(double* a, int64_t n);
+  size_t inverseBytes(double* a, int64_t n);
   WorkspaceBytes eigenRangeWorkspace(double* a, int64_t n, int64_t count);
   cublasHandle_t blas();
   cusolverDnHandle_t solver();
   int readInfo();
-  void eigenpairRange(double* a, int64_t n, int64_t count, double* values, double* vectors);
 
   // Recommended for sm_90 and later. Given explicitly, since a capture must not allocate.
   static constexpr size_t blasWorkspaceBytes = size_t{32} << 20;

@@ -147,7 +147,7 @@ DEVICE_TEST_CASE("the lowest eigenpairs agree with Jacobi's") {
   }
 }
 
-// An order from which CUDA's device searches for the lowest pairs. The first device loads what the libraries load once.
+// An order from which devices search for the lowest pairs. The first device loads what the libraries load once.
 DEVICE_TEST_CASE("dense algebra takes no more memory than a device says") {
   if (tested.onCpu()) return;                   // its memory is the process', the test's own included
   constexpr size_t rounding = size_t{4} << 20;  // a driver hands memory out in pages of megabytes
@@ -233,6 +233,38 @@ DEVICE_TEST_CASE("an order above the blocked code's crossover, with the spectrum
   CHECK(orthogonalityError(pairs.vectors) < 1e-12);
   CHECK(residual(matrix, pairs) < 1e-13);
   CHECK(std::is_sorted(pairs.values.begin(), pairs.values.end()));
+}
+
+// Orders from which devices search: a spectrum that they find at once, and one whose lowest eigenvalues are a cluster.
+DEVICE_TEST_CASE("eigenpairs of large orders are those of the spectrum") {
+  const auto device = tested.make(DType::f32);
+  const uint64_t seed = freshSeed();
+  INFO("seed ", seed);
+  std::mt19937_64 random(seed);
+  const int64_t n = 1027, count = 9;
+  for (const bool clustered : {false, true}) {
+    Dense diagonal(n, n);
+    std::vector<Real> values;
+    for (int64_t i = 0; i < n; ++i) {
+      const Real x = i;
+      values.push_back(clustered ? (i < 12 ? 1 + Real(1e-9) * x : 3 + x) : (i < 60 ? -1 / (1 + x) : Real(1e-6) * x));
+      diagonal(i, i) = values.back();
+    }
+    // H diagonal H with the reflection H = I - 2 v v^T.
+    const Dense v = orthonormalRows(randomMatrix(1, n, random));
+    const Dense turned = product(transpose(v), product(v, diagonal));
+    const Real middle = product(v, product(diagonal, transpose(v)))(0, 0);
+    const Dense outer = product(transpose(v), v);
+    Dense matrix = sum(1, diagonal, -2, sum(1, turned, 1, transpose(turned)));
+    matrix = roundedToDouble(sum(1, matrix, 4 * middle, outer));
+    const Lowest pairs = lowest(*device, matrix, count);
+    CHECK(orthogonalityError(pairs.vectors) < 1e-12);
+    CHECK(residual(matrix, pairs) < 1e-12);
+    std::sort(values.begin(), values.end());
+    for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+      CHECK(std::abs(pairs.values[i] - static_cast<double>(values[i])) < 1e-12 * norm(matrix));
+    }
+  }
 }
 
 DEVICE_TEST_CASE("the upper triangle becomes the mirror image of the lower one") {

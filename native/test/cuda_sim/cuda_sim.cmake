@@ -31,16 +31,7 @@ add_executable(cuda_sim_tests native/test/main.cpp)
 target_include_directories(cuda_sim_tests SYSTEM PRIVATE ${THIRD_PARTY})
 file(GLOB CUDA_SIM_TEST_SOURCES CONFIGURE_DEPENDS ${CUDA_SIM_FOLDER}/*_test.cpp ${CUDA_SIM_FOLDER}/*.cu
      ${CUDA_SIM_FOLDER}/*_shim.cpp)
-# The parts of the CUDA device that have tests of their own, and what those parts need.
-file(GLOB CUDA_PART_TESTS CONFIGURE_DEPENDS native/test/cuda/*_test.cpp)
-foreach(part dense.cu dense_elementwise.cu errors.cpp library_errors.cpp lowest_eigenpairs.cu queue.cpp
-             symmetric_eigenpairs.cpp)
-  list(APPEND CUDA_PARTS native/cuda/${part})
-endforeach()
-add_simulated_cuda(cuda_sim_tests ${CUDA_SIM_TEST_SOURCES} ${CUDA_PART_TESTS} ${CUDA_PARTS})
-if(LORA_DA_SANITIZE)  # of CudaDevice only these parts are linked, not what tells its type
-  target_compile_options(cuda_sim_tests PRIVATE -fno-sanitize=vptr)
-endif()
+add_simulated_cuda(cuda_sim_tests ${CUDA_SIM_TEST_SOURCES})
 target_link_libraries(cuda_sim_tests PRIVATE ${OPENBLAS_LIBRARY})
 set_target_properties(cuda_sim_tests PROPERTIES BUILD_RPATH "${OPENBLAS_FOLDER}")
 add_test(NAME cuda_sim COMMAND cuda_sim_tests)

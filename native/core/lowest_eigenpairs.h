@@ -10,7 +10,8 @@
 // much as a conjugate gradient iteration keeps; Stathopoulos & Saad 1998). Where rounding hides from Rayleigh and Ritz what the
 // preconditioned residuals improve, the space begins anew with a step of inverse iteration.
 //
-// What is small lies on the host, the projected eigenproblem too: a step enqueues some 25 pieces of work and waits four times.
+// Written for any device, on its float64 products, copies and Cholesky operations. What is small lies on the host, the projected
+// eigenproblem too: a step enqueues some 25 pieces of work and waits four times.
 //
 // The answer is certified, or there is none:
 // - each pair has a true residual |A v - theta v| of at most 1e-13 |A|, and the vectors are orthonormal to 1e-12, so that there
@@ -22,21 +23,22 @@
 
 #include <vector>
 
-#include "cuda/dense.h"
+#include "core/device.h"
 
-namespace lora_da::cuda {
+namespace lora_da {
 
 class LowestEigenpairs {
  public:
   // Below this order, and for more pairs than a small part of them, reducing the matrix costs less.
   static bool suits(int64_t n, int64_t count) { return n >= 1024 && count <= n / 16; }
+  // Of device memory that a search holds, beside what the device's Cholesky operations work in.
+  static size_t bytes(int64_t n, int64_t count);
 
-  // `a` [n, n] is read only.
-  LowestEigenpairs(Dense& dense, double* a, int64_t n, int64_t count);
+  // `a` [n, n], both triangles, is read only.
+  LowestEigenpairs(Device& device, const double* a, int64_t n, int64_t count);
 
-  size_t bytes();  // of device memory that find works in
   // False where no certified answer was found; values [count] and vectors [count, n], a row each, are undefined then.
-  bool find(void* memory, double* values, double* vectors);
+  bool find(double* values, double* vectors);
 
   // What the search took, for tests and for tuning.
   int steps() const { return steps_; }
@@ -48,13 +50,12 @@ class LowestEigenpairs {
     std::vector<double> residuals;  // of the first `width_` pairs
   };
 
-  void layOut(char* memory);
   int64_t append(int64_t count);
   void start();
   bool project(Ritz& ritz);
-  std::vector<double> residualNorms(const Columns& product, int64_t count);
+  std::vector<double> residualNorms(const Matrix& product, const std::vector<double>& values);
   bool comesNoFurther() const;
-  bool confirm();
+  bool confirm(const Ritz& ritz);
   void shrink();
   double stepsLeft() const;
   void moveShift(const Ritz& ritz, int64_t first);
@@ -64,31 +65,30 @@ class LowestEigenpairs {
   bool expand(int64_t first);
   bool nothingMissed(const Ritz& ritz);
 
-  void formShifted(const Columns& moved, double shift);
-  int64_t orthonormalize(const Columns& basis, Columns block, Columns other);
-  std::vector<double> read(const double* from, int64_t count);
-  void send(double* to, const std::vector<double>& from);
-  std::vector<double> gram(const Columns& x, const Columns& y);
+  void formShifted(const Matrix& moved, double shift);
+  int64_t orthonormalize(const Matrix& basis, Matrix block, Matrix other, Matrix target);
+  void multiply(const Matrix& a, const Matrix& b, const Matrix& c);
+  void copy(const Matrix& to, const Matrix& from);
+  Matrix send(double* to, const std::vector<double>& from, int64_t rows, int64_t cols);
+  std::vector<double> gram(const Matrix& x, const Matrix& y);
 
-  Dense& dense_;
-  Queue& queue_;
-  const Columns a_;
+  Device& device_;
+  const Matrix a_;
   const int64_t n_, count_;
   const int64_t width_;  // Ritz pairs that the search works on: the wanted ones and some that help them
   const int64_t most_;   // vectors that the space holds at most
 
-  Columns inverse_;              // [n, n]
-  Columns space_, product_;      // Q, A Q [n, size_]
-  Columns vectors_, residuals_;  // [n, width_]
-  Columns block_, other_;        // [n, 2 width_], [n, width_]
-  double* values_ = nullptr;     // [width_]
-  double* small_ = nullptr;      // [most_, most_]: one after another, the small matrices that products make or take
-  double* weights_ = nullptr;    // [width_, width_]
-  void* workspace_ = nullptr;
-  size_t workspaceBytes_ = 0, total_ = 0;
+  // A row for each vector.
+  Buffer memory_;
+  Matrix inverse_;              // [n, n]
+  Matrix space_, product_;      // Q, Q A [most_, n], of which size_ rows are in use
+  Matrix vectors_, residuals_;  // [width_, n]
+  Matrix block_, other_;        // [2 width_, n], [width_, n]
+  double* small_ = nullptr;     // [most_, most_]: one after another, the small matrices that products make or take
+  double* weights_ = nullptr;   // [width_, width_]
 
-  // Coordinates in Q of the Ritz vectors and of those of the step before; as many rows as the space had vectors then.
-  std::vector<double> ritzVectors_, preceding_;  // [., width_]
+  // Coordinates in Q of the Ritz vectors and of those of the step before; as many as the space had vectors then.
+  std::vector<double> ritzVectors_, preceding_;  // [width_, .]
 
   int64_t size_ = 0;
   bool inverted_ = false;
@@ -100,4 +100,4 @@ class LowestEigenpairs {
   int steps_ = 0, inversions_ = 0, lastInversion_ = 0, lastRestart_ = 0;
 };
 
-}  // namespace lora_da::cuda
+}  // namespace lora_da

@@ -1,4 +1,4 @@
-#include "cuda/symmetric_eigenpairs.h"
+#include "core/symmetric_eigenpairs.h"
 
 #include <doctest/doctest.h>
 
@@ -12,7 +12,7 @@ using namespace lora_da::test;
 namespace {
 
 // Only the lower triangle is given; what lies above it must not matter.
-cuda::SymmetricEigenpairs pairsOf(const Dense& matrix) {
+SymmetricEigenpairs pairsOf(const Dense& matrix) {
   const int64_t n = matrix.rows;
   std::vector<double> lower(static_cast<size_t>(n * n), std::nan(""));
   for (int64_t column = 0; column < n; ++column) {
@@ -20,13 +20,13 @@ cuda::SymmetricEigenpairs pairsOf(const Dense& matrix) {
       lower[static_cast<size_t>(column * n + row)] = static_cast<double>(matrix(row, column));
     }
   }
-  return cuda::symmetricEigenpairs(lower, n);
+  return symmetricEigenpairs(lower, n);
 }
 
 void checkPairs(const Dense& matrix) {
   const int64_t n = matrix.rows;
   INFO("order ", n);
-  const cuda::SymmetricEigenpairs pairs = pairsOf(matrix);
+  const SymmetricEigenpairs pairs = pairsOf(matrix);
   REQUIRE(static_cast<int64_t>(pairs.values.size()) == n);
   const Dense vectors(n, n, pairs.vectors.data());  // a row each
   Dense scaled = vectors;
@@ -58,7 +58,7 @@ TEST_CASE("eigenvalues of small symmetric matrices agree with Jacobi's") {
   std::mt19937_64 random(seed);
   const Dense matrix = randomSymmetric(33, random);
   const Eigenpairs expected = eigenpairs(matrix);
-  const cuda::SymmetricEigenpairs pairs = pairsOf(matrix);
+  const SymmetricEigenpairs pairs = pairsOf(matrix);
   for (size_t i = 0; i < 33; ++i) {
     CHECK(std::abs(pairs.values[i] - static_cast<double>(expected.values[i])) < 1e-14 * norm(matrix));
   }
@@ -102,7 +102,7 @@ TEST_CASE("eigenvalues at the ends of float64's range are found") {
       for (Real& value : ones.data) value = 1;
       return ones;
     }()));
-    const cuda::SymmetricEigenpairs pairs = pairsOf(matrix);
+    const SymmetricEigenpairs pairs = pairsOf(matrix);
     CHECK(std::abs(pairs.values.front() / static_cast<double>(scale) - 1) < 1e-14);
     CHECK(std::abs(pairs.values.back() / static_cast<double>(scale) - (1 + 5.0 / 3)) < 1e-14);
   }

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace lora_da::cuda {
+namespace lora_da {
 
 struct SymmetricEigenpairs {
   std::vector<double> values;   // [n], ascending
@@ -19,4 +19,4 @@ struct SymmetricEigenpairs {
 // known to bring about.
 SymmetricEigenpairs symmetricEigenpairs(std::vector<double> matrix, int64_t n);
 
-}  // namespace lora_da::cuda
+}  // namespace lora_da

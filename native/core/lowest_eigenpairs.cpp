@@ -1,18 +1,17 @@
+#include "core/lowest_eigenpairs.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <utility>
 
-#include "cuda/dense_elementwise.h"
-#include "cuda/lowest_eigenpairs.h"
-#include "cuda/symmetric_eigenpairs.h"
+#include "core/symmetric_eigenpairs.h"
 
-namespace lora_da::cuda {
+namespace lora_da {
 
 namespace {
 
-constexpr int threads = 256;
 constexpr double epsilon = std::numeric_limits<double>::epsilon();
 constexpr double unknown = std::numeric_limits<double>::infinity();
 
@@ -43,38 +42,41 @@ constexpr double rangeMargin = 0.1, errorMargin = 4, marginGrowth = 8;
 constexpr int mostTries = 4;
 
 // splitmix64's finalizer (Steele, Lea & Flood 2014): a start that is the same for every search, in (-1, 1).
-__global__ void __launch_bounds__(threads) startKernel(double* x, int64_t count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  if (i >= count) return;
-  uint64_t bits = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u;
-  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
-  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
-  bits ^= bits >> 31;
-  x[i] = (static_cast<double>(bits >> 11) + 0.5) * 0x1.0p-52 - 1.0;
-}
-
-// Column j of r [n, columns] -= values[j] * column j of v; both contiguous.
-__global__ void __launch_bounds__(threads) residualKernel(double* r, const double* v, const double* values, int64_t n) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  if (row >= n) return;
-  const int64_t i = blockIdx.y * n + row;
-  r[i] -= values[blockIdx.y] * v[i];
-}
-
-unsigned blocksFor(int64_t count) {
-  return static_cast<unsigned>((count + threads - 1) / threads);
+std::vector<double> startVectors(int64_t count) {
+  std::vector<double> x(static_cast<size_t>(count));
+  uint64_t state = 0;
+  for (double& value : x) {
+    uint64_t bits = state += 0x9e3779b97f4a7c15u;
+    bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
+    bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
+    bits ^= bits >> 31;
+    value = (static_cast<double>(bits >> 11) + 0.5) * 0x1.0p-52 - 1.0;
+  }
+  return x;
 }
 
 int64_t roundUp(int64_t value, int64_t grain) {
   return (value + grain - 1) / grain * grain;
 }
 
-// From the Gram matrix [count, count] of some columns a combination [count, rank] of them that is orthonormal, as well as the
-// Gram matrix tells: a Cholesky factorization with pivoting of the columns scaled to length 1. Columns that are combinations of
+int64_t widthFor(int64_t count) {
+  return roundUp(count + std::max<int64_t>(8, count / 2), 8);
+}
+
+int64_t spaceFor(int64_t count) {
+  return 4 * widthFor(count);
+}
+
+Matrix rowsOf(double* data, int64_t rows, int64_t cols) {
+  return {data, DType::f64, rows, cols, cols};
+}
+
+// From the Gram matrix [count, count] of some vectors a combination [rank, count] of them that is orthonormal, as well as the
+// Gram matrix tells: a Cholesky factorization with pivoting of the vectors scaled to length 1. Vectors that are combinations of
 // others to five digits are left out.
 struct Combination {
   int64_t rank = 0;
-  std::vector<double> weights;  // column-major
+  std::vector<double> weights;
 };
 
 Combination orthonormalCombination(const std::vector<double>& gram, int64_t count) {
@@ -104,7 +106,7 @@ Combination orthonormalCombination(const std::vector<double>& gram, int64_t coun
     }
   }
 
-  // Columns of the inverse of the transposed factor, each row scaled back and put where its column of the block is.
+  // Columns of the inverse of the transposed factor, each element scaled back and put where its vector is in the block.
   Combination result;
   result.rank = static_cast<int64_t>(order.size());
   result.weights.assign(static_cast<size_t>(count * result.rank), 0.0);
@@ -132,152 +134,144 @@ double differenceFromIdentity(const std::vector<double>& gram, int64_t count) {
   return largest;
 }
 
-// The orthonormal columns `basis` [rows, .] and what those of `more` [moreRows, .], zero in the rows after moreRows, have beside
-// them.
-std::vector<double> joined(std::vector<double> basis, int64_t rows, const std::vector<double>& more, int64_t moreRows) {
+// The orthonormal vectors `basis` [., length] and what those of `more` [., moreLength], zero from there on, have beside them.
+std::vector<double> joined(std::vector<double> basis, int64_t length, const std::vector<double>& more, int64_t moreLength) {
   constexpr double smallest = 1e-5;
-  const auto length = [rows](const double* x) { return std::sqrt(std::inner_product(x, x + rows, x, 0.0)); };
-  for (auto from = more.begin(); from != more.end(); from += moreRows) {
-    std::vector<double> column(static_cast<size_t>(rows), 0.0);
-    std::copy_n(from, moreRows, column.begin());
+  const auto norm = [length](const double* x) { return std::sqrt(std::inner_product(x, x + length, x, 0.0)); };
+  for (auto from = more.begin(); from != more.end(); from += moreLength) {
+    std::vector<double> vector(static_cast<size_t>(length), 0.0);
+    std::copy_n(from, moreLength, vector.begin());
     bool independent = true;
     for (int pass = 0; pass < 2 && independent; ++pass) {  // twice is enough
-      for (const double* other = basis.data(); other < basis.data() + basis.size(); other += rows) {
-        const double overlap = std::inner_product(other, other + rows, column.begin(), 0.0);
-        for (int64_t i = 0; i < rows; ++i) column[i] -= overlap * other[i];
+      for (const double* other = basis.data(); other < basis.data() + basis.size(); other += length) {
+        const double overlap = std::inner_product(other, other + length, vector.begin(), 0.0);
+        for (int64_t i = 0; i < length; ++i) vector[i] -= overlap * other[i];
       }
-      const double left = length(column.data());
+      const double left = norm(vector.data());
       independent = left > smallest;
-      for (double& value : column) value /= left;
+      for (double& value : vector) value /= left;
     }
-    if (independent) basis.insert(basis.end(), column.begin(), column.end());
+    if (independent) basis.insert(basis.end(), vector.begin(), vector.end());
   }
   return basis;
 }
 
 }  // namespace
 
-LowestEigenpairs::LowestEigenpairs(Dense& dense, double* a, int64_t n, int64_t count)
-    : dense_(dense),
-      queue_(dense.queue()),
-      a_{a, n, n, n},
+LowestEigenpairs::LowestEigenpairs(Device& device, const double* a, int64_t n, int64_t count)
+    : device_(device),
+      a_(rowsOf(const_cast<double*>(a), n, n)),
       n_(n),
       count_(count),
-      width_(roundUp(count + std::max<int64_t>(8, count / 2), 8)),
-      most_(4 * width_),
-      errors_(static_cast<size_t>(width_), unknown) {}
-
-// --- memory --------------------------------------------------------------------------------------------------------
-
-// Gives each array its place after `memory`; null to learn only how much there is to place.
-void LowestEigenpairs::layOut(char* memory) {
-  constexpr size_t alignment = 256;
-  size_t used = 0;
-  const auto take = [&](size_t bytes) {
-    char* place = memory + used;
-    used += (bytes + alignment - 1) / alignment * alignment;
-    return place;
+      width_(widthFor(count)),
+      most_(spaceFor(count)),
+      memory_(device.allocate(bytes(n, count), "the search for the lowest eigenpairs")),
+      errors_(static_cast<size_t>(width_), unknown) {
+  auto* next = static_cast<double*>(memory_.get());
+  const auto take = [&](int64_t rows, int64_t cols) {
+    double* data = next;
+    next += rows * cols;
+    return rowsOf(data, rows, cols);
   };
-  const auto columns = [&](int64_t rows, int64_t cols) {
-    auto* data = reinterpret_cast<double*>(take(static_cast<size_t>(rows * cols) * sizeof(double)));
-    return Columns{data, rows, cols, rows};
-  };
-  inverse_ = columns(n_, n_);
-  space_ = columns(n_, most_);
-  product_ = columns(n_, most_);
-  vectors_ = columns(n_, width_);
-  residuals_ = columns(n_, width_);
-  block_ = columns(n_, 2 * width_);
-  other_ = columns(n_, width_);
-  values_ = columns(width_, 1).data;
-  small_ = columns(most_, most_).data;
-  weights_ = columns(width_, width_).data;
-  workspace_ = take(workspaceBytes_);
-  total_ = used;
+  inverse_ = take(n, n);
+  space_ = take(most_, n);
+  product_ = take(most_, n);
+  vectors_ = take(width_, n);
+  residuals_ = take(width_, n);
+  block_ = take(2 * width_, n);
+  other_ = take(width_, n);
+  small_ = take(most_, most_).as<double>();
+  weights_ = take(width_, width_).as<double>();
 }
 
-size_t LowestEigenpairs::bytes() {
-  workspaceBytes_ = std::max(dense_.factorBytes(a_.data, n_), dense_.inverseBytes(a_.data, n_));
-  layOut(nullptr);
-  return total_;
+size_t LowestEigenpairs::bytes(int64_t n, int64_t count) {
+  const int64_t width = widthFor(count), most = spaceFor(count);
+  const int64_t vectors = 2 * most + 5 * width;
+  return static_cast<size_t>(n * n + vectors * n + most * most + width * width) * sizeof(double);
 }
 
-std::vector<double> LowestEigenpairs::read(const double* from, int64_t count) {
-  std::vector<double> host(static_cast<size_t>(count));
-  check(cudaMemcpyAsync(host.data(), from, host.size() * sizeof(double), cudaMemcpyDeviceToHost, queue_.stream()),
-        "reading a small matrix back");
-  queue_.synchronize();
+// --- on the device -------------------------------------------------------------------------------------------------
+
+void LowestEigenpairs::multiply(const Matrix& a, const Matrix& b, const Matrix& c) {
+  device_.matmul(Transpose::no, a, Transpose::no, b, 1, false, c);
+}
+
+void LowestEigenpairs::copy(const Matrix& to, const Matrix& from) {
+  device_.copy(to.data, from.data, static_cast<size_t>(from.rows * from.cols) * sizeof(double));
+}
+
+Matrix LowestEigenpairs::send(double* to, const std::vector<double>& from, int64_t rows, int64_t cols) {
+  device_.upload(to, from.data(), from.size() * sizeof(double));
+  return rowsOf(to, rows, cols);
+}
+
+// y x^T, on the host.
+std::vector<double> LowestEigenpairs::gram(const Matrix& x, const Matrix& y) {
+  device_.matmul(Transpose::no, y, Transpose::yes, x, 1, false, rowsOf(small_, y.rows, x.rows));
+  std::vector<double> host(static_cast<size_t>(y.rows * x.rows));
+  device_.download(host.data(), small_, host.size() * sizeof(double));
+  device_.synchronize();
   return host;
-}
-
-// Pageable memory has been read when the call returns.
-void LowestEigenpairs::send(double* to, const std::vector<double>& from) {
-  check(cudaMemcpyAsync(to, from.data(), from.size() * sizeof(double), cudaMemcpyHostToDevice, queue_.stream()),
-        "sending a small matrix");
-}
-
-// x^T y, column-major, on the host.
-std::vector<double> LowestEigenpairs::gram(const Columns& x, const Columns& y) {
-  dense_.multiply(CUBLAS_OP_T, x, y, 1, 0, {small_, x.cols, y.cols, x.cols});
-  return read(small_, x.cols * y.cols);
 }
 
 // --- the iteration -------------------------------------------------------------------------------------------------
 
-// Makes `block` orthonormal and orthogonal to `basis`, and appends it; returns how many columns that added. Both buffers are
-// overwritten. Once through leaves errors of the rounding times the square of the block's condition, twice of the rounding; more
-// are for what was nearly within the basis, whose columns are not yet orthonormal the second time.
-int64_t LowestEigenpairs::orthonormalize(const Columns& basis, Columns block, Columns other) {
+// Makes `block` orthonormal and orthogonal to `basis`, and puts it into the first rows of `target`; returns how many that are.
+// Block and other are overwritten. Once through leaves errors of the rounding times the square of the block's condition, twice of
+// the rounding; more are for what was nearly within the basis, whose vectors are not yet orthonormal the second time.
+int64_t LowestEigenpairs::orthonormalize(const Matrix& basis, Matrix block, Matrix other, Matrix target) {
   constexpr int mostRounds = 4;
   for (int round = 0;; ++round) {
-    if (basis.cols > 0) {
-      const Columns overlap{small_, basis.cols, block.cols, basis.cols};
-      dense_.multiply(CUBLAS_OP_T, basis, block, 1, 0, overlap);
-      dense_.multiply(CUBLAS_OP_N, basis, overlap, -1, 1, block);
+    if (basis.rows > 0) {
+      const Matrix overlap = rowsOf(small_, block.rows, basis.rows);
+      device_.matmul(Transpose::no, block, Transpose::yes, basis, 1, false, overlap);
+      device_.matmul(Transpose::no, overlap, Transpose::no, basis, -1, true, block);
     }
     const std::vector<double> products = gram(block, block);
-    const Combination combination = orthonormalCombination(products, block.cols);
+    const Combination combination = orthonormalCombination(products, block.rows);
     if (combination.rank == 0) return 0;
-    const Columns weights{weights_, block.cols, combination.rank, block.cols};
-    send(weights_, combination.weights);
-    const bool last = round == mostRounds - 1 || (round > 0 && differenceFromIdentity(products, block.cols) < nearlyOrthonormal);
-    Columns target = last ? Columns{basis.data + basis.cols * basis.leading, basis.rows, 0, basis.leading} : other;
-    target.cols = combination.rank;
-    dense_.multiply(CUBLAS_OP_N, block, weights, 1, 0, target);
-    if (last) return target.cols;
+    const Matrix weights = send(weights_, combination.weights, combination.rank, block.rows);
+    const bool last = round == mostRounds - 1 || (round > 0 && differenceFromIdentity(products, block.rows) < nearlyOrthonormal);
+    const Matrix result = (last ? target : other).rowRange(0, combination.rank);
+    multiply(weights, block, result);
+    if (last) return result.rows;
     other = block;
-    block = target;
+    block = result;
   }
 }
 
-// Adds what the first `count` columns of block_ have beside the space to it; returns how many columns that are.
+// Adds what the first `count` vectors of block_ have beside the space to it; returns how many vectors that are.
 int64_t LowestEigenpairs::append(int64_t count) {
-  const int64_t added = orthonormalize(space_.range(0, size_), block_.range(0, count), other_);
-  dense_.multiply(CUBLAS_OP_N, a_, space_.range(size_, added), 1, 0, product_.range(size_, added));
+  const int64_t added =
+      orthonormalize(space_.rowRange(0, size_), block_.rowRange(0, count), other_, space_.rowRange(size_, count));
+  if (added > 0) multiply(space_.rowRange(size_, added), a_, product_.rowRange(size_, added));
   size_ += added;
   return added;
 }
 
 void LowestEigenpairs::start() {
-  queue_.launch("lowestEigenpairs", startKernel, dim3(blocksFor(n_ * width_)), dim3(threads), 0, block_.data, n_ * width_);
+  send(block_.as<double>(), startVectors(width_ * n_), width_, n_);
   append(width_);
 }
 
-// Subtracts values times vectors from `product`, A times vectors, and measures what is left.
-std::vector<double> LowestEigenpairs::residualNorms(const Columns& product, int64_t count) {
-  queue_.launch("lowestEigenpairs", residualKernel, dim3(blocksFor(n_), static_cast<unsigned>(count)), dim3(threads), 0,
-                product.data, vectors_.data, values_, n_);
-  const std::vector<double> squares = gram(product.range(0, count), product.range(0, count));
+// Subtracts values times vectors from `product`, vectors times A, and measures what is left.
+std::vector<double> LowestEigenpairs::residualNorms(const Matrix& product, const std::vector<double>& values) {
+  const int64_t count = product.rows;
+  std::vector<double> diagonal(static_cast<size_t>(count * count), 0.0);
+  for (int64_t i = 0; i < count; ++i) diagonal[static_cast<size_t>(i * count + i)] = values[static_cast<size_t>(i)];
+  const Matrix factors = send(weights_, diagonal, count, count);
+  device_.matmul(Transpose::no, factors, Transpose::no, vectors_.rowRange(0, count), -1, true, product);
+  const std::vector<double> squares = gram(product, product);
   std::vector<double> norms;
   for (int64_t i = 0; i < count; ++i) norms.push_back(std::sqrt(squares[static_cast<size_t>(i * count + i)]));
   return norms;
 }
 
-// Rayleigh and Ritz: the lowest eigenpairs of Q^T A Q, their vectors in the whole space and their residuals. False where A has
+// Rayleigh and Ritz: the lowest eigenpairs of Q A Q^T, their vectors in the whole space and their residuals. False where A has
 // elements that are no numbers.
 bool LowestEigenpairs::project(Ritz& ritz) {
-  const Columns q = space_.range(0, size_), aq = product_.range(0, size_);
-  std::vector<double> projection = gram(q, aq);
+  const Matrix q = space_.rowRange(0, size_), qa = product_.rowRange(0, size_);
+  std::vector<double> projection = gram(q, qa);
   for (const double value : projection) {
     if (!std::isfinite(value)) return false;
   }
@@ -288,12 +282,10 @@ bool LowestEigenpairs::project(Ritz& ritz) {
   ritzVectors_ = std::move(pairs.vectors);
   ritzVectors_.resize(static_cast<size_t>(size_ * width_));
 
-  send(values_, {ritz.values.begin(), ritz.values.begin() + width_});
-  send(small_, ritzVectors_);
-  const Columns lowest{small_, size_, width_, size_};
-  dense_.multiply(CUBLAS_OP_N, q, lowest, 1, 0, vectors_);
-  dense_.multiply(CUBLAS_OP_N, aq, lowest, 1, 0, residuals_);
-  ritz.residuals = residualNorms(residuals_, width_);
+  const Matrix lowest = send(small_, ritzVectors_, width_, size_);
+  multiply(lowest, q, vectors_);
+  multiply(lowest, qa, residuals_);
+  ritz.residuals = residualNorms(residuals_, ritz.values);
   largest_.push_back(*std::max_element(ritz.residuals.begin(), ritz.residuals.begin() + count_));
   return true;
 }
@@ -302,12 +294,13 @@ bool LowestEigenpairs::comesNoFurther() const {
   return largest_.size() > stepsWithoutGain && largest_.back() > 0.5 * largest_[largest_.size() - 1 - stepsWithoutGain];
 }
 
-// Whether the wanted pairs hold with A itself; A Q, from which rounding errors grow, is made anew where they do not.
-bool LowestEigenpairs::confirm() {
-  dense_.multiply(CUBLAS_OP_N, a_, vectors_.range(0, count_), 1, 0, block_.range(0, count_));
-  const std::vector<double> norms = residualNorms(block_, count_);
+// Whether the wanted pairs hold with A itself; Q A, from which rounding errors grow, is made anew where they do not.
+bool LowestEigenpairs::confirm(const Ritz& ritz) {
+  const Matrix product = block_.rowRange(0, count_);
+  multiply(vectors_.rowRange(0, count_), a_, product);
+  const std::vector<double> norms = residualNorms(product, ritz.values);
   if (std::all_of(norms.begin(), norms.end(), [&](double norm) { return norm <= mostTolerance * norm_; })) return true;
-  dense_.multiply(CUBLAS_OP_N, a_, space_.range(0, size_), 1, 0, product_.range(0, size_));
+  multiply(space_.rowRange(0, size_), a_, product_.rowRange(0, size_));
   return false;
 }
 
@@ -315,31 +308,36 @@ bool LowestEigenpairs::confirm() {
 void LowestEigenpairs::shrink() {
   const std::vector<double> coordinates =
       joined(ritzVectors_, size_, preceding_, static_cast<int64_t>(preceding_.size()) / width_);
-  send(small_, coordinates);
-  const Columns kept{small_, size_, static_cast<int64_t>(coordinates.size()) / size_, size_};
-  for (const Columns& columns : {space_, product_}) {
-    const Columns result = block_.range(0, kept.cols);
-    dense_.multiply(CUBLAS_OP_N, columns.range(0, size_), kept, 1, 0, result);
-    queue_.copy(columns.data, result.data, static_cast<size_t>(n_ * kept.cols) * sizeof(double));
+  const Matrix kept = send(small_, coordinates, static_cast<int64_t>(coordinates.size()) / size_, size_);
+  for (const Matrix& rows : {space_, product_}) {
+    const Matrix result = block_.rowRange(0, kept.rows);
+    multiply(kept, rows.rowRange(0, size_), result);
+    copy(rows, result);
   }
-  size_ = kept.cols;
+  size_ = kept.rows;
   ritzVectors_.assign(static_cast<size_t>(size_ * width_), 0.0);
   for (int64_t i = 0; i < width_; ++i) ritzVectors_[static_cast<size_t>(i * size_ + i)] = 1;
 }
 
-void LowestEigenpairs::formShifted(const Columns& moved, double shift) {
-  queue_.copy(inverse_.data, a_.data, static_cast<size_t>(n_ * n_) * sizeof(double));
-  if (moved.cols > 0) dense_.addOuter(moved, 2 * norm_, inverse_);
-  addToDiagonal(queue_, inverse_.data, n_, -shift);
+// inverse_ = A + c V^T V - shift I, in the lower triangle at least.
+void LowestEigenpairs::formShifted(const Matrix& moved, double shift) {
+  copy(inverse_, a_);
+  if (moved.rows > 0) {
+    const Matrix scaled = other_.rowRange(0, moved.rows);
+    copy(scaled, moved);
+    device_.scale(scaled, std::sqrt(2 * norm_));
+    device_.matmul(Transpose::yes, scaled, Transpose::no, scaled, 1, true, inverse_);
+  }
+  device_.addToDiagonal(inverse_.as<double>(), n_, -shift);
 }
 
 bool LowestEigenpairs::invertShifted(double shift, int64_t first) {
-  formShifted(vectors_.range(0, first), shift);
+  formShifted(vectors_.rowRange(0, first), shift);
   ++inversions_;
   lastInversion_ = steps_;
-  inverted_ = dense_.factor(inverse_.data, n_, workspace_, workspaceBytes_) == 0;
+  inverted_ = device_.choleskyFactor(inverse_.as<double>(), n_) == 0;
   if (inverted_) {
-    dense_.invert(inverse_.data, n_, workspace_, workspaceBytes_);
+    device_.choleskyInverse(inverse_.as<double>(), n_);
     shift_ = shift;
     moved_ = first;
   }
@@ -382,8 +380,8 @@ bool LowestEigenpairs::drownsInRounding() const {
 bool LowestEigenpairs::restart() {
   lastRestart_ = steps_;
   ritzVectors_.clear();
-  queue_.copy(block_.data, vectors_.data, static_cast<size_t>(n_ * moved_) * sizeof(double));
-  dense_.multiply(CUBLAS_OP_N, inverse_, vectors_.range(moved_, width_ - moved_), 1, 0, block_.range(moved_, width_ - moved_));
+  if (moved_ > 0) copy(block_, vectors_.rowRange(0, moved_));
+  multiply(vectors_.rowRange(moved_, width_ - moved_), inverse_, block_.rowRange(moved_, width_ - moved_));
   size_ = 0;
   return append(width_) == width_;
 }
@@ -391,29 +389,27 @@ bool LowestEigenpairs::restart() {
 // Adds the preconditioned residuals of the pairs from `first` on to the space.
 bool LowestEigenpairs::expand(int64_t first) {
   const int64_t count = width_ - first;
-  const Columns residuals = residuals_.range(first, count);
-  Columns block = block_.range(0, count);
+  const Matrix residuals = residuals_.rowRange(first, count), block = block_.rowRange(0, count);
   std::fill(errors_.begin(), errors_.end(), unknown);
   if (inverted_) {
-    dense_.multiply(CUBLAS_OP_N, inverse_, residuals, 1, 0, block);
+    multiply(residuals, inverse_, block);
     // A Ritz vector's error is about the inverse times its residual, and the error of its value their product.
     const std::vector<double> products = gram(residuals, block);
     for (int64_t i = 0; i < count; ++i) errors_[first + i] = std::abs(products[static_cast<size_t>(i * count + i)]);
   } else {
-    queue_.copy(block.data, residuals.data, static_cast<size_t>(n_ * count) * sizeof(double));
+    copy(block, residuals);
   }
   return append(count) > 0;
 }
 
 bool LowestEigenpairs::nothingMissed(const Ritz& ritz) {
-  const Columns wanted = vectors_.range(0, count_);
+  const Matrix wanted = vectors_.rowRange(0, count_);
   if (!(differenceFromIdentity(gram(wanted, wanted), count_) <= orthogonality)) return false;
   formShifted(wanted, ritz.values[count_ - 1] - static_cast<double>(n_) * epsilon * norm_);
-  return dense_.factor(inverse_.data, n_, workspace_, workspaceBytes_) == 0;
+  return device_.choleskyFactor(inverse_.as<double>(), n_) == 0;
 }
 
-bool LowestEigenpairs::find(void* memory, double* values, double* vectors) {
-  layOut(static_cast<char*>(memory));
+bool LowestEigenpairs::find(double* values, double* vectors) {
   start();
   Ritz ritz;
   for (steps_ = 1; steps_ <= mostSteps && size_ >= width_; ++steps_) {
@@ -421,10 +417,10 @@ bool LowestEigenpairs::find(void* memory, double* values, double* vectors) {
     const double goal = (comesNoFurther() ? mostTolerance : tolerance) * norm_;
     const auto wanted = ritz.residuals.begin() + count_;
     const auto lowest = std::find_if_not(ritz.residuals.begin(), wanted, [&](double residual) { return residual <= goal; });
-    if (lowest == wanted && confirm()) {
+    if (lowest == wanted && confirm(ritz)) {
       if (!nothingMissed(ritz)) return false;
-      queue_.copy(values, values_, static_cast<size_t>(count_) * sizeof(double));
-      queue_.copy(vectors, vectors_.data, static_cast<size_t>(count_ * n_) * sizeof(double));
+      device_.upload(values, ritz.values.data(), static_cast<size_t>(count_) * sizeof(double));
+      device_.copy(vectors, vectors_.data, static_cast<size_t>(count_ * n_) * sizeof(double));
       return true;
     }
     const int64_t first = std::min<int64_t>(lowest - ritz.residuals.begin(), count_ - 1);
@@ -439,4 +435,4 @@ bool LowestEigenpairs::find(void* memory, double* values, double* vectors) {
   return false;
 }
 
-}  // namespace lora_da::cuda
+}  // namespace lora_da

@@ -1,10 +1,10 @@
-// The search itself, on orders that the device leaves to cuSOLVER.
-#include "cuda/lowest_eigenpairs.h"
+// The search itself, on orders that a device reduces.
+#include "core/lowest_eigenpairs.h"
 
 #include <cmath>
 
-#include "sim_test.h"
 #include "test/test_dense.h"
+#include "test/test_device.h"
 
 using namespace lora_da;
 using namespace lora_da::test;
@@ -18,28 +18,24 @@ struct Search {
   Dense vectors{0, 0};  // a row each
 };
 
-Search search(const Dense& matrix, int64_t count) {
+Search search(Device& device, const Dense& matrix, int64_t count) {
   const int64_t n = matrix.rows;
-  cuda::Queue queue;
-  cuda::Dense dense(queue, [](size_t) -> void* { throw std::logic_error("the search asks for no scratch"); });
-  const cuda_sim::DeviceArray<double> a(matrix.toDouble()), values(static_cast<size_t>(count)),
-      vectors(static_cast<size_t>(count * n));
-  cuda::LowestEigenpairs lowest(dense, a.data, n, count);
-  const cuda_sim::DeviceArray<char> memory(lowest.bytes());
+  const DeviceVector<double> a(device, matrix.toDouble()), values(device, static_cast<size_t>(count)),
+      vectors(device, static_cast<size_t>(count * n));
+  LowestEigenpairs lowest(device, a.data(), n, count);
   Search result;
-  result.certified = lowest.find(memory.data, values.data, vectors.data);
+  result.certified = lowest.find(values.data(), vectors.data());
   result.steps = lowest.steps();
   result.inversions = lowest.inversions();
   if (result.certified) {
     result.values = values.host();
     result.vectors = Dense(count, n, vectors.host().data());
   }
-  queue.synchronize();
   return result;
 }
 
-Search checkedSearch(const Dense& matrix, int64_t count) {
-  const Search found = search(matrix, count);
+Search checkedSearch(Device& device, const Dense& matrix, int64_t count) {
+  const Search found = search(device, matrix, count);
   INFO("steps ", found.steps, ", inversions ", found.inversions);
   REQUIRE(found.certified);
   Dense scaled = found.vectors;
@@ -67,13 +63,13 @@ Dense withSpectrum(Value value, std::mt19937_64& random) {
 
 // The lowest eigenvalues by the definition of the spectrum, which rounding to float64 moves by epsilon times the norm at most.
 template <class Value>
-void checkSpectrum(Value value) {
-  const cuda_sim::Fresh fresh;
-  const uint64_t seed = std::random_device{}();
+void checkSpectrum(const TestDevice& tested, Value value) {
+  const auto device = tested.make(DType::f32);
+  const uint64_t seed = freshSeed();
   INFO("seed ", seed);
   std::mt19937_64 random(seed);
   const Dense matrix = withSpectrum(value, random);
-  const Search found = checkedSearch(matrix, wanted);
+  const Search found = checkedSearch(*device, matrix, wanted);
   std::vector<double> expected;
   for (int64_t i = 0; i < order; ++i) expected.push_back(static_cast<double>(value(i)));
   std::sort(expected.begin(), expected.end());
@@ -82,49 +78,49 @@ void checkSpectrum(Value value) {
 
 }  // namespace
 
-TEST_CASE("lowest eigenpairs of an even spectrum") {
-  checkSpectrum([](int64_t i) { return Real(i); });
+DEVICE_TEST_CASE("lowest eigenpairs of an even spectrum") {
+  checkSpectrum(tested, [](int64_t i) { return Real(i); });
 }
 
-TEST_CASE("lowest eigenpairs of a spectrum that thickens towards them") {
-  checkSpectrum([](int64_t i) { return std::pow((Real(i) + 1) / order, Real(4)); });
+DEVICE_TEST_CASE("lowest eigenpairs of a spectrum that thickens towards them") {
+  checkSpectrum(tested, [](int64_t i) { return std::pow((Real(i) + 1) / order, Real(4)); });
 }
 
-TEST_CASE("lowest eigenpairs of clusters, and of one value") {
-  checkSpectrum([](int64_t i) { return i < 20 ? 1 + Real(1e-6) * i : Real(1e4) * i; });
-  checkSpectrum([](int64_t i) { return i < 30 ? Real(-1e-6) * (1 + Real(1e-4) * i) : Real(1e6) * i; });
-  checkSpectrum([](int64_t) { return Real(3); });
+DEVICE_TEST_CASE("lowest eigenpairs of clusters, and of one value") {
+  checkSpectrum(tested, [](int64_t i) { return i < 20 ? 1 + Real(1e-6) * i : Real(1e4) * i; });
+  checkSpectrum(tested, [](int64_t i) { return i < 30 ? Real(-1e-6) * (1 + Real(1e-4) * i) : Real(1e6) * i; });
+  checkSpectrum(tested, [](int64_t) { return Real(3); });
 }
 
 // Rayleigh and Ritz see nothing of what the preconditioned residuals would take away: without inverse iteration the search goes
 // on for all its steps and finds nothing.
-TEST_CASE("lowest eigenpairs of a spectrum over twenty orders of magnitude") {
-  checkSpectrum([](int64_t i) { return std::pow(Real(10), -16 + 20 * Real(i) / order); });
+DEVICE_TEST_CASE("lowest eigenpairs of a spectrum over twenty orders of magnitude") {
+  checkSpectrum(tested, [](int64_t i) { return std::pow(Real(10), -16 + 20 * Real(i) / order); });
 }
 
-TEST_CASE("lowest eigenpairs of a spectrum that rises in stairs to another magnitude") {
-  checkSpectrum([](int64_t i) { return i < 100 ? std::pow(Real(10), Real(i / 4 - 12)) : Real(1e14); });
+DEVICE_TEST_CASE("lowest eigenpairs of a spectrum that rises in stairs to another magnitude") {
+  checkSpectrum(tested, [](int64_t i) { return i < 100 ? std::pow(Real(10), Real(i / 4 - 12)) : Real(1e14); });
 }
 
-TEST_CASE("displacements that dominate a start's matrix take no inversion") {
-  const cuda_sim::Fresh fresh;
-  std::mt19937_64 random(std::random_device{}());
+DEVICE_TEST_CASE("displacements that dominate a start's matrix take no inversion") {
+  const auto device = tested.make(DType::f32);
+  std::mt19937_64 random(freshSeed());
   const Dense matrix = withSpectrum([](int64_t i) { return i < 60 ? -1 / (1 + Real(i)) : Real(1e-6) * i; }, random);
-  CHECK(checkedSearch(matrix, wanted).inversions == 0);
+  CHECK(checkedSearch(*device, matrix, wanted).inversions == 0);
 }
 
-TEST_CASE("a search for lowest eigenpairs repeats bit for bit") {
-  const cuda_sim::Fresh fresh;
-  std::mt19937_64 random(std::random_device{}());
+DEVICE_TEST_CASE("a search for lowest eigenpairs repeats bit for bit") {
+  const auto device = tested.make(DType::f32);
+  std::mt19937_64 random(freshSeed());
   const Dense matrix = withSpectrum([](int64_t i) { return std::pow(Real(10), -8 + 10 * Real(i) / order); }, random);
-  const Search first = checkedSearch(matrix, wanted), second = checkedSearch(matrix, wanted);
+  const Search first = checkedSearch(*device, matrix, wanted), second = checkedSearch(*device, matrix, wanted);
   CHECK(first.values == second.values);
   CHECK(first.vectors.data == second.vectors.data);
 }
 
-TEST_CASE("a matrix with an element that is no number has no certified eigenpairs") {
-  const cuda_sim::Fresh fresh;
+DEVICE_TEST_CASE("a matrix with an element that is no number has no certified eigenpairs") {
+  const auto device = tested.make(DType::f32);
   Dense matrix = identity(order);
   matrix(7, 3) = matrix(3, 7) = std::nan("");
-  CHECK(!search(matrix, wanted).certified);
+  CHECK(!search(*device, matrix, wanted).certified);
 }

@@ -1,4 +1,4 @@
-#include "cuda/symmetric_eigenpairs.h"
+#include "core/symmetric_eigenpairs.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,7 +6,7 @@
 
 #include "core/tridiagonal.h"
 
-namespace lora_da::cuda {
+namespace lora_da {
 
 namespace {
 
@@ -116,4 +116,4 @@ SymmetricEigenpairs symmetricEigenpairs(std::vector<double> matrix, int64_t n) {
   return pairs;
 }
 
-}  // namespace lora_da::cuda
+}  // namespace lora_da
