@@ -146,20 +146,22 @@ struct ValueAndSlope {
   Vec slope;
 };
 
+template <bool toBf16>
 struct Silu {
-  static KERNEL_INLINE Vec value(Vec x) { return x * sigmoid(x); }
+  static KERNEL_INLINE Vec value(Vec x) { return x * sigmoid<toBf16>(x); }
   static KERNEL_INLINE ValueAndSlope both(Vec x) {
-    const Vec s = sigmoid(x);
+    const Vec s = sigmoid<toBf16>(x);
     return {x * s, s * (1.0f + x * (1.0f - s))};
   }
 };
 
 // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation for large negative x.
+template <bool toBf16>
 struct GeluTanh {
   static constexpr float twiceRoot = 1.5957691216f;  // 2 sqrt(2/pi)
-  static KERNEL_INLINE Vec value(Vec x) { return x * sigmoid(twiceRoot * x * (1.0f + 0.044715f * x * x)); }
+  static KERNEL_INLINE Vec value(Vec x) { return x * sigmoid<toBf16>(twiceRoot * x * (1.0f + 0.044715f * x * x)); }
   static KERNEL_INLINE ValueAndSlope both(Vec x) {
-    const Vec s = sigmoid(twiceRoot * x * (1.0f + 0.044715f * x * x));
+    const Vec s = sigmoid<toBf16>(twiceRoot * x * (1.0f + 0.044715f * x * x));
     return {x * s, s + x * s * (1.0f - s) * (twiceRoot * (1.0f + 3.0f * 0.044715f * x * x))};
   }
 };
@@ -194,8 +196,8 @@ void gatedMlp(const void* gate, const void* up, Activation activation, void* h, 
   const T* u = static_cast<const T*>(up);
   T* out = static_cast<T*>(h);
   switch (activation) {
-    case Activation::silu: return gatedRow<Silu>(g, u, out, width);
-    case Activation::geluTanh: return gatedRow<GeluTanh>(g, u, out, width);
+    case Activation::silu: return gatedRow<Silu<isBf16<T>>>(g, u, out, width);
+    case Activation::geluTanh: return gatedRow<GeluTanh<isBf16<T>>>(g, u, out, width);
     case Activation::gelu: return gatedRow<Gelu>(g, u, out, width);
   }
 }
@@ -207,8 +209,8 @@ void gatedMlpGrad(void* gate, void* up, Activation activation, const void* dh, v
   const T* d = static_cast<const T*>(dh);
   T* out = static_cast<T*>(h);
   switch (activation) {
-    case Activation::silu: return gatedGradRow<Silu>(g, u, d, out, width);
-    case Activation::geluTanh: return gatedGradRow<GeluTanh>(g, u, d, out, width);
+    case Activation::silu: return gatedGradRow<Silu<isBf16<T>>>(g, u, d, out, width);
+    case Activation::geluTanh: return gatedGradRow<GeluTanh<isBf16<T>>>(g, u, d, out, width);
     case Activation::gelu: return gatedGradRow<Gelu>(g, u, d, out, width);
   }
 }
@@ -301,16 +303,17 @@ float crossEntropy(const float* logits, int32_t target, float scale, void* dlogi
     }
     Vec exponentials{};
     overVectors(count, [&](int64_t i, auto part) {
-      exponentials += keep(expOfNonPositive(load(block + i, part) - largest), part, 0.0f);
+      exponentials += keep(softmaxExp<false>(load(block + i, part) - largest), part, 0.0f);
     });
     sum += sumOfLanesDouble(exponentials);
   }
   if (T* d = static_cast<T*>(dlogits)) {
     const float share = static_cast<float>(static_cast<double>(scale) / sum);
-    overVectors(vocabulary,
-                [&](int64_t i, auto part) { store(d + i, share * expOfNonPositive(load(logits + i, part) - largest), part); });
+    overVectors(vocabulary, [&](int64_t i, auto part) {
+      store(d + i, share * softmaxExp<isBf16<T>>(load(logits + i, part) - largest), part);
+    });
     // In double: where the target is nearly certain, what is left is smaller than float32's rounding of the probability.
-    const double weight = static_cast<double>(expOfNonPositive(broadcast(targetLogit - largest))[0]);
+    const double weight = static_cast<double>(softmaxExp<false>(broadcast(targetLogit - largest))[0]);
     store(d + target, broadcast(static_cast<float>(static_cast<double>(scale) * ((weight - sum) / sum))), Part{1});
   }
   return static_cast<float>(__builtin_log(sum) + static_cast<double>(largest) - static_cast<double>(targetLogit));

@@ -35,6 +35,9 @@ struct Bf16 {
   uint16_t bits;
 };
 
+template <class T>
+inline constexpr bool isBf16 = __is_same(T, Bf16);
+
 // How many elements of a vector take part: all, or the first `count` of the row's end.
 struct Whole {};
 struct Part {
@@ -310,8 +313,26 @@ KERNEL_INLINE Vec expOfNonPositive(Vec x) {
   return x < -87.336f ? Vec{} : expOfNormal(x);
 }
 
+// e^x for x <= 0, by the fastest way to the accuracy of float32 or of what becomes bfloat16.
+template <bool toBf16>
+KERNEL_INLINE Vec softmaxExp(Vec x) {
+#if defined(__AVX512F__)
+  return exp2OfBounded<toBf16>(x * 1.44269504f);
+#else
+  return expOfNonPositive(x);
+#endif
+}
+
 // Clamped where e^x would leave the normal numbers; NaN stays NaN.
+template <bool toBf16>
 KERNEL_INLINE Vec sigmoid(Vec x) {
+#if defined(__AVX512F__)
+  if (toBf16) {  // one step of Newton's takes the estimate's error from 6e-5 to 4e-9
+    const Vec one = 1.0f + exp2OfBounded<true>(larger(broadcast(-87.0f), x) * -1.44269504f);
+    const Vec estimate = _mm512_maskz_rcp14_ps(0xffff, one);
+    return estimate * (2.0f - one * estimate);
+  }
+#endif
   const Vec bounded = smaller(broadcast(87.0f), larger(broadcast(-87.0f), x));
   return 1.0f / (1.0f + expOfNormal(-bounded));
 }
