@@ -14,6 +14,7 @@
 namespace lora_da::cpu {
 
 class CpuWeight;
+struct PanelJob;
 class Products;  // oneDNN primitives cached by shape (products.cpp)
 
 class CpuDevice : public Device {
@@ -118,15 +119,19 @@ class CpuDevice : public Device {
   void denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c);
   void blasSecondMoment(const Matrix& x, const Matrix& z);
   int64_t headChunkRows(int64_t rows, int64_t vocabulary) const;
-  // Own products with panels of weights, or oneDNN's (linear.cpp).
+  // Own products with panels of weights, or oneDNN's.
   bool hasPanels() const;
+  // weights.cpp
+  void copyRows(const std::vector<HostTensor>& parts, CpuWeight& weight);
+  void copyToPanels(const std::vector<HostTensor>& parts, bool asTheyLie, CpuWeight& weight);
+  void packForLibrary(const std::vector<HostTensor>& parts, WeightUses uses, CpuWeight& weight);
+  // linear.cpp
   float* panelScratch(size_t threadFloats);
-  size_t panelFloats(int64_t depth, int64_t lowRankDepth) const;
+  void runPanelJob(const PanelJob& job);
   void linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
                  const Matrix* residual, const Matrix& y);
   void thinProduct(const Matrix& a, const Matrix& b, float alpha, const Matrix& c);
   void outerSum(const Matrix& a, const Matrix& b, const Matrix& c);
-  void packForLibrary(const std::vector<HostTensor>& parts, WeightUses uses, CpuWeight& weight);
   void libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
                      const Matrix* residual, const Matrix& y);
   void libraryInputGrad(const Matrix& dy, const CpuWeight& w, const Matrix* downGrad, const Matrix* a, const Matrix& dx);

@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "cpu/cpu_device.h"
 #include "cpu/cpu_weight.h"
+#include "cpu/panels.h"
 
 namespace lora_da::cpu {
 
@@ -55,12 +56,17 @@ void CpuDevice::squareSum(const Matrix& x, double* sums) {
 
 void CpuDevice::embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) {
   const auto& weight = static_cast<const CpuWeight&>(table);
-  if (weight.parts.size() != 1) throw Error(code::internal, "embed needs a weight that was prepared for lookup");
+  if (!weight.panels && weight.parts.size() != 1) {
+    throw Error(code::internal, "embed needs a weight that was prepared for lookup");
+  }
   const auto toFloat = of(kernels_, weight.dtype).toFloat;
   const auto scaleRow = kernels_.scaleRow;
-  const char* rows = weight.parts.front().data;
   overRows(x.rows, threads_, [&](int64_t i) {
-    toFloat(rows + static_cast<size_t>(ids[i]) * weight.rowBytes(), floatRow(x, i), x.cols);
+    if (weight.panels) {
+      readPanelRow(weight, ids[i], floatRow(x, i));
+    } else {
+      toFloat(weight.row(ids[i]), floatRow(x, i), x.cols);
+    }
     if (scale != 1.0f) scaleRow(scale, floatRow(x, i), x.cols);
   });
 }

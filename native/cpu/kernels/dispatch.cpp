@@ -8,33 +8,18 @@
 namespace lora_da::cpu {
 
 namespace baseline {
-void fillElementwise(Kernels& table);
-void fillAttention(Kernels& table);
-void fillProducts(Kernels& table);
-void fillMoments(Kernels& table);
-}  // namespace baseline
-
+void fillKernels(Kernels& table);
+}
 #if defined(__x86_64__)
 namespace avx2 {
-void fillElementwise(Kernels& table);
-void fillAttention(Kernels& table);
-void fillProducts(Kernels& table);
-void fillMoments(Kernels& table);
-}  // namespace avx2
-
+void fillKernels(Kernels& table);
+}
 namespace avx512 {
-void fillElementwise(Kernels& table);
-void fillAttention(Kernels& table);
-void fillProducts(Kernels& table);
-void fillMoments(Kernels& table);
-}  // namespace avx512
-
+void fillKernels(Kernels& table);
+}
 namespace avx512bf16 {
-void fillElementwise(Kernels& table);
-void fillAttention(Kernels& table);
-void fillProducts(Kernels& table);
-void fillMoments(Kernels& table);
-}  // namespace avx512bf16
+void fillKernels(Kernels& table);
+}
 #endif
 
 namespace {
@@ -42,24 +27,18 @@ namespace {
 struct InstructionSet {
   const char* name;
   bool (*runsHere)();
-  void (*fillElementwise)(Kernels& table);
-  void (*fillAttention)(Kernels& table);
-  void (*fillProducts)(Kernels& table);
-  void (*fillMoments)(Kernels& table);
+  void (*fillKernels)(Kernels& table);
 };
 
 // Best first; the last runs everywhere.
 constexpr InstructionSet instructionSets[] = {
 #if defined(__x86_64__)
     {"avx512bf16", [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16"); },
-     avx512bf16::fillElementwise, avx512bf16::fillAttention, avx512bf16::fillProducts, avx512bf16::fillMoments},
-    {"avx512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::fillElementwise, avx512::fillAttention,
-     avx512::fillProducts, avx512::fillMoments},
-    {"avx2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::fillElementwise, avx2::fillAttention,
-     avx2::fillProducts, avx2::fillMoments},
+     avx512bf16::fillKernels},
+    {"avx512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::fillKernels},
+    {"avx2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::fillKernels},
 #endif
-    {"baseline", [] { return true; }, baseline::fillElementwise, baseline::fillAttention, baseline::fillProducts,
-     baseline::fillMoments},
+    {"baseline", [] { return true; }, baseline::fillKernels},
 };
 
 // The first set to consider: the one that the variable names, or the best. An unknown name is as good as none.
@@ -76,10 +55,7 @@ Kernels choose() {
   while (!set->runsHere()) ++set;
   Kernels table{};
   table.isa = set->name;
-  set->fillElementwise(table);
-  set->fillAttention(table);
-  set->fillProducts(table);
-  set->fillMoments(table);
+  set->fillKernels(table);
   return table;
 }
 

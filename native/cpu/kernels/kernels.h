@@ -53,8 +53,9 @@ struct PanelProduct {
   int64_t depth = 0;
   const void* lowRank = nullptr;
   int64_t lowRankStride = 0;
-  int64_t lowRankDepth = 0;  // 0: none; else its steps follow x's in the panel
+  int64_t lowRankDepth = 0;  // 0: none
   const void* panel = nullptr;
+  const void* lowRankPanel = nullptr;
   int64_t rows = 0;
   int64_t cols = 0;  // at most panelCols
   float scale = 1;
@@ -116,13 +117,21 @@ struct TypedKernels {
                              float* dv, float* scratch);
   int64_t (*attentionScratch)(const AttentionGroup& group);      // floats
   int64_t (*attentionGradScratch)(const AttentionGroup& group);  // floats
-  // Panels, see product_kernels.cpp; null where the instruction set has no kernels for them. Depths are rounded up to stepDepth,
+  // Panels, see panels.h; null where the instruction set has no kernels for them. Depths are rounded up to stepDepth,
   // columns to 16; a panel has steps * columns floats. packColumns: rows of the source become columns, `rows` has one pointer
   // for each column, rounded up to 16 (null: zeros). packRows: step i joins row i of `upper` and, in bfloat16, row i of `lower`
   // (null: zeros); `stride` leads from one step's row to the next's. `type` is that of the source.
   void (*packColumns)(const void* const* rows, DType type, int64_t depth, int64_t cols, void* panel);
   void (*packRows)(const void* upper, const void* lower, DType type, int64_t stride, int64_t steps, int64_t cols, void* panel);
+  // From a weight that is kept as panels of `type`, which have storedSteps steps: the columns [firstCol, firstCol + cols) of its
+  // depth, a multiple of panelCols, are the columns of the result, whose depth is `depth` of the one panel at `stored`.
+  void (*turnPanel)(const void* stored, DType type, int64_t storedSteps, int64_t storedCols, int64_t firstCol, int64_t cols,
+                    int64_t depth, void* panel);
+  // A panel in float32 from one of bfloat16; null in bfloat16.
+  void (*widenPanel)(const void* stored, int64_t depth, int64_t cols, void* panel);
   void (*multiplyPanel)(const PanelProduct& product);
+  // y [cols rounded up to 16] = x [depth] times a panel of `type`.
+  void (*multiplyRow)(const void* x, const void* panel, DType type, int64_t depth, int64_t cols, float* y);
   void (*addOuter)(const OuterSum& sum);
   // y[i] = row i of w [rows, depth] (of `type`) times x [depth].
   void (*dotRows)(const void* x, const void* w, DType type, int64_t stride, int64_t rows, int64_t depth, float* y);

@@ -1,13 +1,8 @@
-// Products with a panel: `panelCols` columns of the right operand (often a frozen weight), laid out for the vector units in the
-// caller's memory and then multiplied with many rows of the left operand.
-//
-// Layout: [steps][vectors][16]. A step is one element of the depth in float32 and a pair of neighbours in bfloat16, which
-// `vdpbf16ps` multiplies and adds at once; an odd depth ends with a pair whose second half is zero. Laying a panel out costs a
-// few per cent of its product with a thousand rows, so weights stay as they lie in their file.
+// Products with a panel (kernels/panels.h): `panelCols` columns of the right operand, often a frozen weight, times many rows of
+// the left operand.
 //
 // Written for AVX-512. Where an instruction set has no kernel here the table's entries stay null and oneDNN serves.
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/vector.h"
+#include "cpu/kernels/panels.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -19,165 +14,27 @@ namespace lora_da::cpu::KERNEL_ISA {
 
 namespace {
 
-// How a type's numbers enter a product.
-template <class T>
-struct Step;
-
-template <>
-struct Step<float> {
-  static constexpr int64_t depth = 1;
-  static KERNEL_INLINE Vec spread(const float* x) { return broadcast(*x); }
-  static KERNEL_INLINE Vec spreadLast(const float* x) { return broadcast(*x); }
-  static KERNEL_INLINE Vec add(Vec sum, Vec left, Vec right) { return sum + left * right; }
-  // The panel's vector of one step: elements of one row.
-  template <class S, class P>
-  static KERNEL_INLINE Vec join(const S* row, const S*, P part) {
-    return load(row, part);
-  }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Step<Bf16> {
-  static constexpr int64_t depth = 2;
-  static KERNEL_INLINE Vec spread(const Bf16* x) {
-    uint32_t pair;
-    __builtin_memcpy(&pair, x, sizeof pair);
-    return fromBits(pair - VecBits{});
-  }
-  static KERNEL_INLINE Vec spreadLast(const Bf16* x) { return fromBits(uint32_t{x->bits} - VecBits{}); }
-  static KERNEL_INLINE Vec add(Vec sum, Vec left, Vec right) {
-    return reinterpret_cast<Vec>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right)));
-  }
-  template <class P>
-  static KERNEL_INLINE VecBits bits(const Bf16* row, P part) {
-    return bitsOf(load(row, part)) >> 16;
-  }
-  // Pairs of two rows' elements, the first row's in the lower halves; `lower` may be null: zeros.
-  template <class P>
-  static KERNEL_INLINE Vec join(const Bf16* upper, const Bf16* lower, P part) {
-    const VecBits first = bits(upper, part);
-    return fromBits(lower ? first | bits(lower, part) << 16 : first);
-  }
-};
-#endif
-
-// --- laying out ---
-
-// Sixteen rows of the source become sixteen columns: one block of 16 steps, [16 steps][16 columns] before they are spread over
-// the panel. A null row is zeros.
-template <class T, class S>
-KERNEL_INLINE Vec rowSteps(const S* row, int64_t first, int64_t depth) {
-  if (!row) return Vec{};
-  const int64_t left = depth - first;
-  if constexpr (Step<T>::depth == 1) {
-    return left >= lanes ? load(row + first, Whole{}) : load(row + first, Part{static_cast<int>(left)});
-  } else {
-    const auto mask = left >= 2 * lanes ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-    return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi16(mask, row + first));
-  }
-}
-
-template <class T, class S>
-void packColumns(const S* const* rows, int64_t depth, int vectors, float* panel) {
-  const int64_t steps = (depth + Step<T>::depth - 1) / Step<T>::depth;
-  for (int v = 0; v < vectors; ++v) {
-    for (int64_t first = 0; first < steps; first += lanes) {
-      Vec block[lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) block[i] = rowSteps<T>(rows[v * lanes + i], first * Step<T>::depth, depth);
-      transpose(block);
-      const int64_t count = steps - first < lanes ? steps - first : lanes;
-      if (count == lanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) store(panel + ((first + i) * vectors + v) * lanes, block[i], Whole{});
-      } else {
-        for (int64_t i = 0; i < count; ++i) store(panel + ((first + i) * vectors + v) * lanes, block[i], Whole{});
-      }
-    }
-  }
-}
-
-// body(i, vector) for the vectors of one step, from a row and, in bfloat16, its neighbour (null: zeros).
-template <class T, class S, class Body>
-KERNEL_INLINE void overSteps(const S* upper, const S* lower, int64_t cols, Body body) {
-  int64_t i = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (__is_same(T, Bf16)) {  // two vectors at a time cost half as much
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
-                                         35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (; lower && i + 2 * lanes <= cols; i += 2 * lanes) {
-      const __m512i first = _mm512_loadu_si512(upper + i), second = _mm512_loadu_si512(lower + i);
-      body(i, reinterpret_cast<Vec>(_mm512_permutex2var_epi16(first, low, second)));
-      body(i + lanes, reinterpret_cast<Vec>(_mm512_permutex2var_epi16(first, high, second)));
-    }
-  }
-#endif
-  overVectors(cols - i,
-              [&](int64_t j, auto part) { body(i + j, Step<T>::join(upper + i + j, lower ? lower + i + j : nullptr, part)); });
-}
-
-template <class T, class S>
-void packRows(const S* upper, const S* lower, int64_t stride, int64_t steps, int64_t cols, float* panel) {
-  const int64_t vectors = (cols + lanes - 1) / lanes;
-  for (int64_t step = 0; step < steps; ++step) {
-    float* target = panel + step * vectors * lanes;
-    overSteps<T>(upper + step * stride, lower ? lower + step * stride : nullptr, cols,
-                 [&](int64_t i, Vec vector) { store(target + i, vector, Whole{}); });
-  }
-}
-
-// A float32 product also takes bfloat16 weights and widens them on the way.
-template <class T, class Body>
-KERNEL_INLINE void withSource(DType type, Body body) {
-  if constexpr (__is_same(T, float)) {
-    if (type == DType::f32) return body(static_cast<const float*>(nullptr));
-  }
-  body(static_cast<const Bf16*>(nullptr));
-}
-
-template <class T>
-void packColumnsOf(const void* const* rows, DType type, int64_t depth, int64_t cols, void* panel) {
-  withSource<T>(type, [&](auto element) {
-    packColumns<T>(reinterpret_cast<decltype(element) const*>(rows), depth, static_cast<int>((cols + lanes - 1) / lanes),
-                   static_cast<float*>(panel));
-  });
-}
-
-template <class T>
-void packRowsOf(const void* upper, const void* lower, DType type, int64_t stride, int64_t steps, int64_t cols, void* panel) {
-  withSource<T>(type, [&](auto element) {
-    using Row = decltype(element);
-    packRows<T>(static_cast<Row>(upper), static_cast<Row>(lower), stride, steps, cols, static_cast<float*>(panel));
-  });
-}
-
 // --- multiplying ---
 
+// One factor's rows and the panel that they are multiplied with.
+template <class T>
+struct Factor {
+  const T* x;
+  int64_t stride, depth;
+  const float* panel;
+};
+
 template <class T, int rows, int vectors>
-KERNEL_INLINE void addSteps(Vec (&sum)[rows][vectors], const T* x, int64_t stride, int64_t depth, const float*& panel) {
-  constexpr int64_t stepDepth = Step<T>::depth;
-  const int64_t steps = depth / stepDepth;
-  for (int64_t step = 0; step < steps; ++step) {
-    Vec right[vectors];
+KERNEL_INLINE void addStep(Vec (&sum)[rows][vectors], const Factor<T>& factor, int64_t step, bool last) {
+  const T* x = factor.x + step * Step<T>::depth;
+  Vec right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = load(panel + v * lanes, Whole{});
+  for (int v = 0; v < vectors; ++v) right[v] = load(factor.panel + (step * vectors + v) * lanes, Whole{});
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Vec left = Step<T>::spread(x + i * stride + step * stepDepth);
+  for (int i = 0; i < rows; ++i) {
+    const Vec left = last ? Step<T>::spreadLast(x + i * factor.stride) : Step<T>::spread(x + i * factor.stride);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[i][v] = Step<T>::add(sum[i][v], left, right[v]);
-    }
-    panel += vectors * lanes;
-  }
-  if (stepDepth > 1 && depth % stepDepth != 0) {
-    for (int i = 0; i < rows; ++i) {
-      const Vec left = Step<T>::spreadLast(x + i * stride + depth - 1);
-      for (int v = 0; v < vectors; ++v) sum[i][v] = Step<T>::add(sum[i][v], left, load(panel + v * lanes, Whole{}));
-    }
-    panel += vectors * lanes;
+    for (int v = 0; v < vectors; ++v) sum[i][v] = Step<T>::add(sum[i][v], left, right[v]);
   }
 }
 
@@ -211,11 +68,15 @@ __attribute__((noinline)) void multiplyTile(const PanelProduct& p, int64_t row) 
       value = load(static_cast<const float*>(p.y) + r * p.yStride + col, part);
     });
   }
-  const float* panel = static_cast<const float*>(p.panel);
-  addSteps<T, rows, vectors>(sum, static_cast<const T*>(p.x) + row * p.xStride, p.xStride, p.depth, panel);
-  if (p.lowRankDepth > 0) {
-    addSteps<T, rows, vectors>(sum, static_cast<const T*>(p.lowRank) + row * p.lowRankStride, p.lowRankStride, p.lowRankDepth,
-                               panel);
+  // Both factors in one loop: the sums of two loops would go to memory between them.
+  const Factor<T> factors[] = {
+      {static_cast<const T*>(p.x) + row * p.xStride, p.xStride, p.depth, static_cast<const float*>(p.panel)},
+      {static_cast<const T*>(p.lowRank) + row * p.lowRankStride, p.lowRankStride, p.lowRankDepth,
+       static_cast<const float*>(p.lowRankPanel)}};
+  for (const Factor<T>& factor : factors) {
+    const int64_t steps = factor.depth / Step<T>::depth;
+    for (int64_t step = 0; step < steps; ++step) addStep<T, rows, vectors>(sum, factor, step, false);
+    if (factor.depth % Step<T>::depth != 0) addStep<T, rows, vectors>(sum, factor, steps, true);
   }
   if (p.floatOutput) {
     overTile([&](Vec& value, int64_t r, int64_t col, auto part) { finish<float>(p, value, r, col, part); });
@@ -279,12 +140,11 @@ KERNEL_INLINE void addOuterTile(const float* left, int64_t leftStride, const T* 
     const T* upper = b + t * bStride;
     const T* lower = stepDepth > 1 && t + 1 < bRows ? upper + bStride : nullptr;
     Vec right[vectors];
-    const auto keep = [&](int64_t i, Vec vector) { right[i / lanes] = vector; };
     if (lastCols == lanes) {
-      overSteps<T>(upper, lower, vectors * lanes, keep);
+      wholeSteps<T, vectors>(upper, lower, right);
     } else {
       constexpr int64_t last = (vectors - 1) * lanes;
-      overSteps<T>(upper, lower, last, keep);
+      wholeSteps<T, vectors - 1>(upper, lower, right);
       right[vectors - 1] = Step<T>::join(upper + last, lower ? lower + last : nullptr, Part{static_cast<int>(lastCols)});
     }
     const float* leftStep = left + t / stepDepth * leftStride;
@@ -397,14 +257,55 @@ void dotRowsOf(const void* x, const void* w, DType type, int64_t stride, int64_t
       type, [&](auto element) { dotRows(static_cast<const T*>(x), static_cast<decltype(element)>(w), stride, rows, depth, y); });
 }
 
+// One row times a panel of a weight, read once, in order and ahead of its turn: two sums for each vector, so that additions need
+// not wait for one another.
+template <class T, class S, int vectors>
+void multiplyRowVectors(const T* x, const float* panel, int64_t depth, float* y) {
+  constexpr int64_t ahead = 4096;  // bytes
+  constexpr int64_t pair = Step<S>::depth;
+  Vec sums[2][vectors] = {};
+  const auto addStep = [&](int64_t i, const float* right, Vec(&sum)[vectors], bool whole) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(reinterpret_cast<const char*>(right + v * lanes) + ahead);
+      const Vec w = load(right + v * lanes, Whole{});
+      if constexpr (__is_same(T, S)) {
+        sum[v] = Step<T>::add(sum[v], whole ? Step<T>::spread(x + i) : Step<T>::spreadLast(x + i), w);
+      } else {  // pairs times float32
+        sum[v] += broadcast(x[i]) * fromBits(bitsOf(w) << 16);
+        if (whole) sum[v] += broadcast(x[i + 1]) * fromBits(bitsOf(w) & 0xffff0000u);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 * pair <= depth; i += 2 * pair, panel += 2 * vectors * lanes) {
+    addStep(i, panel, sums[0], true);
+    addStep(i + pair, panel + vectors * lanes, sums[1], true);
+  }
+  for (; i < depth; i += pair, panel += vectors * lanes) addStep(i, panel, sums[0], i + pair <= depth);
+  for (int v = 0; v < vectors; ++v) store(y + v * lanes, sums[0][v] + sums[1][v], Whole{});
+}
+
+template <class T>
+void multiplyRowOf(const void* x, const void* panel, DType type, int64_t depth, int64_t cols, float* y) {
+  withSource<T>(type, [&](auto element) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+    const T* row = static_cast<const T*>(x);
+    const float* right = static_cast<const float*>(panel);
+    switch ((cols + lanes - 1) / lanes) {
+      case 1: return multiplyRowVectors<T, S, 1>(row, right, depth, y);
+      case 2: return multiplyRowVectors<T, S, 2>(row, right, depth, y);
+      default: return multiplyRowVectors<T, S, 3>(row, right, depth, y);
+    }
+  });
+}
+
 template <class T>
 void fillTyped(TypedKernels& table) {
-  table.packColumns = packColumnsOf<T>;
-  table.packRows = packRowsOf<T>;
   table.multiplyPanel = multiplyPanel<T>;
+  table.multiplyRow = multiplyRowOf<T>;
   table.addOuter = addOuter<T>;
   table.dotRows = dotRowsOf<T>;
-  table.stepDepth = Step<T>::depth;
 }
 
 }  // namespace

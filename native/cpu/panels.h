@@ -1,0 +1,32 @@
+// Products by panels (kernels/panels.h): what lays a panel out, and how the work is shared.
+#pragma once
+
+#include "cpu/cpu_weight.h"
+#include "cpu/kernels/kernels.h"
+
+namespace lora_da::cpu {
+
+// Rows [first, first + count) of m, columns [col, col + cols), as the steps of a panel.
+void packMatrixRows(const TypedKernels& kernels, const Matrix& m, int64_t first, int64_t count, int64_t col, int64_t cols,
+                    float* panel);
+
+// x [in] = the weights of one output, from a weight's panels.
+void readPanelRow(const CpuWeight& weight, int64_t output, float* x);
+
+// A product with a frozen weight, forward (y = x W^T) or of its input gradient (dx = dy W).
+struct PanelJob {
+  enum class Side { forward, inputGrad };
+
+  const CpuWeight& weight;
+  Side side;
+  PanelProduct product;  // for the first panel and all rows; y and what is added to it move with the panel
+  int64_t cols = 0;      // of all panels
+  size_t inputBytes = 0, outputBytes = 0;
+  const Matrix* lowRankRight = nullptr;
+};
+
+// Floats of memory that each thread needs.
+size_t panelFloats(const TypedKernels& kernels, const PanelJob& job);
+void runPanels(const TypedKernels& kernels, const PanelJob& job, int threads, float* memory);
+
+}  // namespace lora_da::cpu
