@@ -173,18 +173,20 @@ class Roofline {
   // --- the operations -----------------------------------------------------------------------------------------
 
   void products() {
-    const int64_t h = shape_.hidden, i = shape_.intermediate, k = shape_.rank;
-    projection("q|k|v", h, 3 * h, 3 * k, false);
-    projection("o", h, h, k, true);
-    projection("gate|up", h, 2 * i, 2 * k, false);
-    projection("down", i, h, k, true);
+    const int64_t h = shape_.hidden, i = shape_.intermediate;
+    projection("q|k|v", h, 3 * h, 3, false);
+    projection("o", h, h, 1, true);
+    projection("gate|up", h, 2 * i, 2, false);
+    projection("down", i, h, 1, true);
   }
 
-  void projection(const std::string& name, int64_t in, int64_t out, int64_t k, bool residual) {
+  void projection(const std::string& name, int64_t in, int64_t out, int64_t modules, bool residual) {
+    const int64_t k = modules * shape_.rank;
     const Weight& w = weight(out, in, {true, true, false, true});
     const Matrix x = productInput(in), dy = productInput(out), low = activations(k);
-    const Matrix up = matrix(type_, k, out), a = matrix(type_, k, in),
-                 before = residual ? matrix(DType::f32, shape_.rows, out) : up;
+    UpProjection up{matrix(type_, shape_.rank, out), {}};
+    for (int64_t module = 0; module < modules; ++module) up.blocks.push_back({module * out / modules, out / modules});
+    const Matrix a = matrix(type_, k, in), before = residual ? matrix(DType::f32, shape_.rows, out) : a;
     const Matrix y = residual ? matrix(DType::f32, shape_.rows, out) : activations(out);
     const Matrix dx = residual ? activations(in) : matrix(DType::f32, shape_.rows, in);
     measure({"linear, " + name, [&](Device& d) { d.linear(x, w, nullptr, &low, &up, residual ? &before : nullptr, y); }, {}});
@@ -196,10 +198,10 @@ class Roofline {
   }
 
   void thinProducts() {
-    const int64_t h = shape_.hidden, i = shape_.intermediate, k = 2 * shape_.rank;
-    const Matrix x = productInput(h), dy = productInput(2 * i), low = activations(k);
-    const Matrix a = matrix(type_, k, h), up = matrix(type_, k, 2 * i);
-    const Matrix aGrad = matrix(DType::f32, k, h), upGrad = matrix(DType::f32, k, 2 * i);
+    const int64_t h = shape_.hidden, i = shape_.intermediate, k = shape_.rank;
+    const Matrix x = productInput(h), dy = productInput(i), low = activations(k);
+    const Matrix a = matrix(type_, k, h), up = matrix(type_, k, i);
+    const Matrix aGrad = matrix(DType::f32, k, h), upGrad = matrix(DType::f32, k, i);
     measure({"matmul, x a^T", [&](Device& d) { d.matmul(Transpose::no, x, Transpose::yes, a, 1, false, low); }, {}});
     measure({"matmul, dy up^T", [&](Device& d) { d.matmul(Transpose::no, dy, Transpose::yes, up, 1, false, low); }, {}});
     measure({"matmul, down^T dy", [&](Device& d) { d.matmul(Transpose::yes, low, Transpose::no, dy, 1, true, upGrad); }, {}});
@@ -261,7 +263,6 @@ class Roofline {
     measure({"embed", [&](Device& d) { d.embed(deviceIds, table, 1, x); }, {}});
     measure({"gatherRows", [&](Device& d) { d.gatherRows(from, index, y); }, {}});
     measure({"scatterAddRows", [&](Device& d) { d.scatterAddRows(added, index, x); }, {}});
-    measure({"keepColumns", [&](Device& d) { d.keepColumns(added, 0, shape_.hidden / 2); }, {}});
     release();
   }
 

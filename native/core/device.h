@@ -72,6 +72,18 @@ struct WeightUses {
   bool lora = false;       // with a LoRA term
 };
 
+// LoRA's up-projections of stacked modules: their B factors, transposed, side by side at their modules' columns. Block i adds
+// columns [i rank, (i + 1) rank) of a down-projection times its columns of `factors` to those columns of the product.
+struct UpProjection {
+  struct Block {
+    int64_t first = 0, count = 0;  // columns
+  };
+  Matrix factors;             // [rank, out]
+  std::vector<Block> blocks;  // in order, apart; columns in none of them have no term
+
+  int64_t rank() const { return factors.rows; }
+};
+
 // The sequences of a packed batch: sequence s has rows [hostStarts[s], hostStarts[s+1]); rows from the last entry on are padding.
 // The same by row lies in device memory, so that work recorded for one batch serves every batch of its shape.
 struct Sequences {
@@ -170,11 +182,10 @@ class Device {
   // --- products -----------------------------------------------------------------------------------------------
   // One weight from `parts`, modules that read the same input, stacked along their outputs: W [sum of rows, in].
   virtual std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) = 0;
-  // y [T, out] = x [T, in] W^T + bias + down up + residual. `bias` [out] float32 or null. `down` [T, k] and `up` [k, out] are the
-  // LoRA term, in the compute type, or null; the factors of stacked modules lie in `up` block by block with zeros elsewhere.
-  // `residual` [T, out] float32 or null, then y is float32 too and another matrix. x is in the compute type, y in the compute
-  // type or float32.
-  virtual void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+  // y [T, out] = x [T, in] W^T + bias + down up + residual. `bias` [out] float32 or null. `down` [T, blocks * rank] and `up` are
+  // the LoRA term, in the compute type, or null. `residual` [T, out] float32 or null, then y is float32 too and another matrix. x
+  // is in the compute type, y in the compute type or float32.
+  virtual void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
                       const Matrix* residual, const Matrix& y) = 0;
   // dx [T, in] = dy [T, out] W + downGrad a. `downGrad` [T, k] and `a` [k, in] are the LoRA term, in the compute type, or null.
   // dy is in the compute type, dx in the compute type or float32.
@@ -218,8 +229,6 @@ class Device {
   virtual void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) = 0;
   // y[index[i]] += x[i], float32; no index repeats, a negative one takes its row nowhere.
   virtual void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) = 0;
-  // x float32, in place: what lies outside of its columns first .. first + count - 1 becomes zero.
-  virtual void keepColumns(const Matrix& x, int64_t first, int64_t count) = 0;
   // y = x in y's type (float32 <-> compute type, or the same).
   virtual void convert(const Matrix& x, const Matrix& y) = 0;
 

@@ -110,10 +110,10 @@ std::unique_ptr<Weight> ProfiledDevice::prepare(const std::vector<HostTensor>& p
   return timed("prepare", {0, bytes}, [&] { return device_->prepare(parts, uses); });
 }
 
-void ProfiledDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+void ProfiledDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
                             const Matrix* residual, const Matrix& y) {
   Work work{product(x.rows, weight.out, weight.in), bytesOf(x) + weightBytes(weight, x.dtype) + bytesOf(residual) + bytesOf(y)};
-  if (down && up) work.flops += product(down->rows, up->cols, up->rows);
+  for (size_t i = 0; down && i < up->blocks.size(); ++i) work.flops += product(down->rows, up->blocks[i].count, up->rank());
   const char* name = down ? "linear+lora " : "linear ";
   timed(name + shape(weight.in, weight.out), work, [&] { device_->linear(x, weight, bias, down, up, residual, y); });
 }
@@ -188,10 +188,6 @@ void ProfiledDevice::gatherRows(const Matrix& x, const int32_t* index, const Mat
 
 void ProfiledDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) {
   timed("scatterAddRows", {0, 3 * bytesOf(x)}, [&] { device_->scatterAddRows(x, index, y); });
-}
-
-void ProfiledDevice::keepColumns(const Matrix& x, int64_t first, int64_t count) {
-  timed("keepColumns", {0, bytesOf(x)}, [&] { device_->keepColumns(x, first, count); });
 }
 
 void ProfiledDevice::convert(const Matrix& x, const Matrix& y) {

@@ -45,7 +45,7 @@ class CpuDevice : public Device {
 
   // linear.cpp
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
-  void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+  void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
               const Matrix* residual, const Matrix& y) override;
   void linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
                        const Matrix& dx) override;
@@ -72,7 +72,6 @@ class CpuDevice : public Device {
   void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) override;
   void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
-  void keepColumns(const Matrix& x, int64_t first, int64_t count) override;
   void convert(const Matrix& x, const Matrix& y) override;
 
   // attention.cpp
@@ -115,6 +114,8 @@ class CpuDevice : public Device {
   const TypedKernels& typed() const { return typed(computeType_); }
   void* scratch(size_t bytes) { return scratch_.reserve(*this, bytes, "scratch of the CPU device"); }
 
+  void productIntoSlice(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
+                        const Matrix& c);
   // matmul of float64 (dense.cpp).
   void denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c);
   void blasSecondMoment(const Matrix& x, const Matrix& z);
@@ -128,11 +129,12 @@ class CpuDevice : public Device {
   // linear.cpp
   float* panelScratch(size_t threadFloats);
   void runPanelJob(const PanelJob& job);
-  void linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
+  void linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,
                  const Matrix* residual, const Matrix& y);
   void thinProduct(const Matrix& a, const Matrix& b, float alpha, const Matrix& c);
   void outerSum(const Matrix& a, const Matrix& b, const Matrix& c);
-  void libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
+  Matrix spreadBlocks(const UpProjection& up);
+  void libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,
                      const Matrix* residual, const Matrix& y);
   void libraryInputGrad(const Matrix& dy, const CpuWeight& w, const Matrix* downGrad, const Matrix* a, const Matrix& dx);
 
@@ -148,6 +150,7 @@ class CpuDevice : public Device {
   Scratch scratch_;
   Scratch productScratch_;  // apart from scratch_, which callers may hold across a product
   Scratch panelScratch_;
+  Scratch blockScratch_;
 };
 
 }  // namespace lora_da::cpu

@@ -143,14 +143,6 @@ void CpuDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Matr
   });
 }
 
-void CpuDevice::keepColumns(const Matrix& x, int64_t first, int64_t count) {
-  overRows(x.rows, threads_, [&](int64_t i) {
-    float* row = floatRow(x, i);
-    std::fill(row, row + first, 0.0f);
-    std::fill(row + first + count, row + x.cols, 0.0f);
-  });
-}
-
 void CpuDevice::convert(const Matrix& x, const Matrix& y) {
   if (x.dtype == y.dtype) {
     overRows(x.rows, threads_,

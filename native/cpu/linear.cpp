@@ -47,7 +47,7 @@ float* CpuDevice::panelScratch(size_t threadFloats) {
       panelScratch_.reserve(*this, threadFloats * sizeof(float) * static_cast<size_t>(threads_), "panels of weights"));
 }
 
-void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
                        const Matrix* residual, const Matrix& y) {
   const auto& w = static_cast<const CpuWeight&>(weight);
   if (!hasPanels()) return libraryLinear(x, w, bias, down, up, residual, y);
@@ -58,14 +58,15 @@ void CpuDevice::linear(const Matrix& x, const Weight& weight, const float* bias,
     product.residual = residual->as<float>();
     product.residualStride = residual->stride;
   }
-  runPanelJob({w, PanelJob::Side::forward, product, w.out, sizeOf(x.dtype), sizeOf(y.dtype), up});
+  runPanelJob({w, PanelJob::Side::forward, product, w.out, sizeOf(x.dtype), sizeOf(y.dtype), down ? up : nullptr, nullptr});
 }
 
 void CpuDevice::linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
                                 const Matrix& dx) {
   const auto& w = static_cast<const CpuWeight&>(weight);
   if (!hasPanels()) return libraryInputGrad(dy, w, downGrad, a, dx);
-  runPanelJob({w, PanelJob::Side::inputGrad, productOf(dy, downGrad, dx), w.in, sizeOf(dy.dtype), sizeOf(dx.dtype), a});
+  runPanelJob({w, PanelJob::Side::inputGrad, productOf(dy, downGrad, dx), w.in, sizeOf(dy.dtype), sizeOf(dx.dtype), nullptr,
+               downGrad ? a : nullptr});
 }
 
 void CpuDevice::runPanelJob(const PanelJob& job) {
@@ -73,32 +74,39 @@ void CpuDevice::runPanelJob(const PanelJob& job) {
 }
 
 // One row (decoding): each thread has outputs that lie together, so that the weight is read once and in order.
-void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
+void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,
                           const Matrix* residual, const Matrix& y) {
   const TypedKernels& kernels = typed();
-  const int64_t lowRank = down ? down->cols : 0;
+  const size_t blocks = down ? up->blocks.size() : 0;
+  const int64_t rank = down ? up->rank() : 0, steps = ceilDiv(rank, kernels.stepDepth);
   const int64_t width = ceilDiv(w.out, panelCols) * panelCols;
-  float* sums = panelScratch(static_cast<size_t>(width + lowRank + kernels.stepDepth));
-  float* left = sums + width;  // the down-projection as steps of an outer sum; an odd last pair ends with zero
-  if (down) {
-    std::fill(left, left + ceilDiv(lowRank, kernels.stepDepth), 0.0f);
-    std::copy_n(down->as<char>(), static_cast<size_t>(lowRank) * sizeOf(down->dtype), reinterpret_cast<char*>(left));
+  float* sums = panelScratch(static_cast<size_t>(width) + blocks * static_cast<size_t>(steps));
+  // Each block's down-projection as steps of an outer sum; an odd last pair ends with zero.
+  float* left = sums + width;
+  std::fill(left, left + blocks * static_cast<size_t>(steps), 0.0f);
+  for (size_t i = 0; i < blocks; ++i) {
+    const Matrix part = down->columns(static_cast<int64_t>(i) * rank, rank);
+    std::copy_n(part.as<char>(), static_cast<size_t>(rank) * sizeOf(part.dtype),
+                reinterpret_cast<char*>(left + static_cast<int64_t>(i) * steps));
   }
   const auto fromFloat = typed(y.dtype).fromFloat;
   // What is added to the outputs [col, col + count), and how they are kept.
   const auto finish = [&](int64_t col, int64_t count) {
     float* sum = sums + col;
-    if (down) {
+    for (size_t i = 0; i < blocks; ++i) {
+      const UpProjection::Block& block = up->blocks[i];
+      const int64_t first = std::max(col, block.first), end = std::min(col + count, block.first + block.count);
+      if (first >= end) continue;
       OuterSum term;
-      term.left = left;
+      term.left = left + static_cast<int64_t>(i) * steps;
       term.leftStride = 1;
       term.leftCols = 1;
-      term.b = up->columns(col, count).data;
-      term.bStride = up->stride;
-      term.rows = lowRank;
-      term.cols = count;
-      term.c = sum;
-      term.cStride = count;
+      term.b = up->factors.columns(first, end - first).data;
+      term.bStride = up->factors.stride;
+      term.rows = rank;
+      term.cols = end - first;
+      term.c = sums + first;
+      term.cStride = end - first;
       kernels.addOuter(term);
     }
     if (bias) kernels_.addRow(bias + col, sum, count);
@@ -194,11 +202,25 @@ void CpuDevice::outerSum(const Matrix& a, const Matrix& b, const Matrix& c) {
 
 // --- oneDNN --------------------------------------------------------------------------------------------------------
 
+// A matrix with the factors block by block and zeros elsewhere: one product for all of them.
+Matrix CpuDevice::spreadBlocks(const UpProjection& up) {
+  const int64_t rank = up.rank(), out = up.factors.cols, k = static_cast<int64_t>(up.blocks.size()) * rank;
+  const size_t bytes = sizeOf(up.factors.dtype), size = static_cast<size_t>(k * out) * bytes;
+  const Matrix spread{blockScratch_.reserve(*this, size, "LoRA factors of the CPU device"), up.factors.dtype, k, out, out};
+  std::fill_n(spread.as<char>(), size, 0);
+  for (int64_t row = 0; row < k; ++row) {
+    const auto [first, count] = up.blocks[static_cast<size_t>(row / rank)];
+    const Matrix from = up.factors.rowRange(row % rank, 1).columns(first, count);
+    std::copy_n(from.as<char>(), static_cast<size_t>(count) * bytes, spread.rowRange(row, 1).columns(first, count).as<char>());
+  }
+  return spread;
+}
+
 // What is added goes to y first: oneDNN then adds the large product before it rounds.
-void CpuDevice::libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const Matrix* up,
+void CpuDevice::libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,
                               const Matrix* residual, const Matrix& y) {
   if (residual) convert(*residual, y);
-  if (down) matmul(Transpose::no, *down, Transpose::no, *up, 1.0f, residual != nullptr, y);
+  if (down) matmul(Transpose::no, *down, Transpose::no, spreadBlocks(*up), 1.0f, residual != nullptr, y);
   const bool packed = w.packedForward != nullptr;
   const ProductKey key{x.rows,
                        w.out,

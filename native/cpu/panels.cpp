@@ -135,8 +135,9 @@ class PanelWorker {
   PanelWorker(const TypedKernels& kernels, const PanelJob& job, float* memory)
       : kernels_(kernels), job_(job), lowRankMemory_(memory), memory_(memory + lowRankFloats(kernels, job)) {}
 
+  // A panel of the LoRA term, and the same before it is laid out.
   static size_t lowRankFloats(const TypedKernels& kernels, const PanelJob& job) {
-    return static_cast<size_t>(panelCols * ceilDiv(job.product.lowRankDepth, kernels.stepDepth));
+    return static_cast<size_t>(panelCols * (ceilDiv(job.product.lowRankDepth, kernels.stepDepth) + job.product.lowRankDepth));
   }
 
   void run(int64_t depth, int64_t depths, const Cuts::Unit& unit) {
@@ -145,14 +146,15 @@ class PanelWorker {
     const bool first = depth == 0, last = depth + depths == job_.product.depth;
     const auto inputBytes = static_cast<int64_t>(job_.inputBytes), outputBytes = static_cast<int64_t>(job_.outputBytes);
     PanelProduct p = job_.product;
-    p.lowRankDepth = last ? p.lowRankDepth : 0;
-    if (unit.panel != panel_ || depth != depth_) layOut(depth, depths, col, cols, p.lowRankDepth);
+    if (unit.panel != panel_ || depth != depth_) layOut(depth, depths, col, cols, last);
+    p.lowRankDepth = last ? lowRankDepth_ : 0;
     panel_ = unit.panel;
     depth_ = depth;
     p.panel = laid_;
     p.lowRankPanel = lowRankMemory_;
     p.x = static_cast<const char*>(p.x) + (unit.firstRow * p.xStride + depth) * inputBytes;
-    if (p.lowRankDepth > 0) p.lowRank = static_cast<const char*>(p.lowRank) + unit.firstRow * p.lowRankStride * inputBytes;
+    if (p.lowRankDepth > 0)
+      p.lowRank = static_cast<const char*>(p.lowRank) + (unit.firstRow * p.lowRankStride + lowRankFirst_) * inputBytes;
     p.y = static_cast<char*>(p.y) + (unit.firstRow * p.yStride + col) * outputBytes;
     p.bias = p.bias && last ? p.bias + col : nullptr;
     p.residual = p.residual && last ? p.residual + unit.firstRow * p.residualStride + col : nullptr;
@@ -164,7 +166,7 @@ class PanelWorker {
   }
 
  private:
-  void layOut(int64_t depth, int64_t depths, int64_t col, int64_t cols, int64_t lowRankDepth) {
+  void layOut(int64_t depth, int64_t depths, int64_t col, int64_t cols, bool last) {
     const CpuWeight& weight = job_.weight;
     laid_ = memory_;
     if (job_.side == PanelJob::Side::forward) {
@@ -174,7 +176,39 @@ class PanelWorker {
     } else {
       packInputGrad(kernels_, weight, depth, depths, col, cols, memory_);
     }
-    if (lowRankDepth > 0) packMatrixRows(kernels_, *job_.lowRankRight, 0, lowRankDepth, col, cols, lowRankMemory_);
+    lowRankFirst_ = lowRankDepth_ = 0;
+    if (last && job_.up) layOutUp(*job_.up, col, cols);
+    if (last && job_.a) {
+      lowRankDepth_ = job_.a->rows;
+      packMatrixRows(kernels_, *job_.a, 0, lowRankDepth_, col, cols, lowRankMemory_);
+    }
+  }
+
+  // Of the blocks that have some of these columns.
+  void layOutUp(const UpProjection& up, int64_t col, int64_t cols) {
+    const auto before = [&](const UpProjection::Block& block) { return block.first + block.count <= col; };
+    const auto inside = [&](const UpProjection::Block& block) { return block.first < col + cols; };
+    const auto begin = std::find_if_not(up.blocks.begin(), up.blocks.end(), before);
+    const auto end = std::find_if_not(begin, up.blocks.end(), inside);
+    lowRankFirst_ = (begin - up.blocks.begin()) * up.rank();
+    lowRankDepth_ = (end - begin) * up.rank();
+    if (begin == end) return;
+    if (begin + 1 == end && begin->first <= col && begin->first + begin->count >= col + cols) {
+      return packMatrixRows(kernels_, up.factors, 0, up.rank(), col, cols, lowRankMemory_);
+    }
+    const size_t bytes = sizeOf(up.factors.dtype);
+    float* apart = lowRankMemory_ + panelCols * ceilDiv(job_.product.lowRankDepth, kernels_.stepDepth);
+    const Matrix blocks{apart, up.factors.dtype, lowRankDepth_, cols, cols};
+    std::fill_n(blocks.as<char>(), static_cast<size_t>(lowRankDepth_ * cols) * bytes, 0);
+    for (auto block = begin; block != end; ++block) {
+      const int64_t first = std::max(block->first, col), count = std::min(block->first + block->count, col + cols) - first;
+      for (int64_t i = 0; i < up.rank(); ++i) {
+        const Matrix from = up.factors.rowRange(i, 1).columns(first, count);
+        const Matrix to = blocks.rowRange((block - begin) * up.rank() + i, 1).columns(first - col, count);
+        std::copy_n(from.as<char>(), static_cast<size_t>(count) * bytes, to.as<char>());
+      }
+    }
+    packMatrixRows(kernels_, blocks, 0, lowRankDepth_, 0, cols, lowRankMemory_);
   }
 
   const TypedKernels& kernels_;
@@ -182,7 +216,8 @@ class PanelWorker {
   float* lowRankMemory_;
   float* memory_;
   const float* laid_ = nullptr;
-  int64_t panel_ = -1, depth_ = -1;  // what laid_ is
+  int64_t panel_ = -1, depth_ = -1;              // what laid_ is
+  int64_t lowRankFirst_ = 0, lowRankDepth_ = 0;  // columns of the left factor that the LoRA term's panel is for
 };
 
 bool isThere(const TypedKernels& kernels, const PanelJob& job) {

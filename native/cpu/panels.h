@@ -22,7 +22,8 @@ struct PanelJob {
   PanelProduct product;  // for the first panel and all rows; y and what is added to it move with the panel
   int64_t cols = 0;      // of all panels
   size_t inputBytes = 0, outputBytes = 0;
-  const Matrix* lowRankRight = nullptr;
+  const UpProjection* up = nullptr;  // of a LoRA term, forward
+  const Matrix* a = nullptr;         // of one of the input gradient
 };
 
 // Floats of memory that each thread needs.

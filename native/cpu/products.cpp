@@ -141,6 +141,7 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
       return outerSum(a, b, c);
     }
   }
+  if (c.stride != n && m > 1) return productIntoSlice(ta, a, tb, b, alpha, accumulate, c);
   const ProductKey key{m,
                        n,
                        k,
@@ -155,6 +156,19 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
                        b.stride,
                        c.stride};
   products_->run(key, a.data, b.data, nullptr, c.data);
+}
+
+// oneDNN 2.6 has only its unoptimized reference loops for results whose rows lie apart.
+void CpuDevice::productIntoSlice(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
+                                 const Matrix& c) {
+  const size_t rowBytes = static_cast<size_t>(c.cols) * sizeOf(c.dtype);
+  const Matrix whole{blockScratch_.reserve(*this, static_cast<size_t>(c.rows) * rowBytes, "a slice of a product"), c.dtype,
+                     c.rows, c.cols, c.cols};
+  for (int64_t i = 0; accumulate && i < c.rows; ++i) {
+    std::copy_n(c.rowRange(i, 1).as<char>(), rowBytes, whole.rowRange(i, 1).as<char>());
+  }
+  matmul(ta, a, tb, b, alpha, accumulate, whole);
+  for (int64_t i = 0; i < c.rows; ++i) std::copy_n(whole.rowRange(i, 1).as<char>(), rowBytes, c.rowRange(i, 1).as<char>());
 }
 
 }  // namespace lora_da::cpu

@@ -44,7 +44,7 @@ class CudaDevice : public Device {
 
   // linear.cpp
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
-  void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+  void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
               const Matrix* residual, const Matrix& y) override;
   void linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
                        const Matrix& dx) override;
@@ -76,7 +76,6 @@ class CudaDevice : public Device {
   void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) override;
   void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
-  void keepColumns(const Matrix& x, int64_t first, int64_t count) override;
   void convert(const Matrix& x, const Matrix& y) override;
 
   // attention_forward.cu, attention_backward.cu, attention_cached.cu

@@ -1,5 +1,5 @@
 // Products with frozen weights, which stay as they lie in the file, row-major [out, in]:
-//   linear           y [T, out] = x [T, in] W^T + bias + down [T, k] up [k, out] + residual
+//   linear           y [T, out] = x [T, in] W^T + bias + down [T, k] up + residual, up block by block
 //   linearInputGrad  dx [T, in] = dy [T, out] W + downGrad [T, k] a [k, in]
 // The residual is what the library adds, the bias its epilogue. A LoRA term is laid beside the operands where they have room, so
 // that the sum is one product, made and rounded at once:
@@ -61,25 +61,33 @@ std::unique_ptr<Weight> CudaDevice::prepare(const std::vector<HostTensor>& parts
   return weight;
 }
 
-void CudaDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+void CudaDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
                         const Matrix* residual, const Matrix& y) {
   const auto& w = static_cast<const CudaWeight&>(weight);
-  const void* typedBias = bias;
-  if (bias && y.dtype != DType::f32) {  // an epilogue's bias has the result's type
-    void* rounded = scratch(static_cast<size_t>(y.cols) * sizeOf(y.dtype));
-    convert({const_cast<float*>(bias), DType::f32, 1, y.cols, y.cols}, {rounded, y.dtype, 1, y.cols, y.cols});
-    typedBias = rounded;
-  }
   Matrix input = x, rows = w.view();
   const Matrix* added = residual;
-  if (down && fitsBeside(*down, x, w)) {
-    const int64_t rank = roundedRank(down->cols);
+  const bool beside = down && fitsBeside(*down, x, w), apart = down && !beside;
+  const int64_t rank = down ? roundedRank(down->cols) : 0;
+  const size_t width = sizeOf(computeType_), factorBytes = apart ? static_cast<size_t>(w.out * rank) * width : 0;
+  const bool roundedBias = bias && y.dtype != DType::f32;  // an epilogue's bias has the result's type
+  char* memory = nullptr;
+  if (apart || roundedBias) {
+    memory = static_cast<char*>(scratch(factorBytes + (roundedBias ? static_cast<size_t>(y.cols) * sizeOf(y.dtype) : 0)));
+  }
+  const void* typedBias = bias;
+  if (roundedBias) {
+    typedBias = memory + factorBytes;
+    convert({const_cast<float*>(bias), DType::f32, 1, y.cols, y.cols}, {memory + factorBytes, y.dtype, 1, y.cols, y.cols});
+  }
+  if (beside) {
     input.cols += rank;
     rows = w.with(0, rank);
     lay(queue_, *down, input.columns(x.cols, rank));
-    layTransposed(queue_, *up, rows.columns(w.in, rank));
-  } else if (down) {
-    products_->multiply({Transpose::no, *down, Transpose::no, *up, 1.0f, residual, nullptr, y});
+    layBlocks(queue_, *up, rows.columns(w.in, rank));
+  } else if (apart) {
+    const Matrix factors{memory, computeType_, w.out, rank, rank};
+    layBlocks(queue_, *up, factors);
+    products_->multiply({Transpose::no, *down, Transpose::yes, factors.columns(0, down->cols), 1.0f, residual, nullptr, y});
     added = &y;
   }
   products_->multiply({Transpose::no, input, Transpose::yes, rows, 1.0f, added, typedBias, y});

@@ -17,16 +17,18 @@ __global__ void __launch_bounds__(rowBlockThreads)
   });
 }
 
-// A thread makes `width` neighbours of a row of y from as many rows of x, in which neighbouring threads read neighbours.
+// A thread makes `width` neighbours of a row of y from as many rows of x, in which neighbouring threads read neighbours: x^T from
+// column firstCol on, zeros before and after it.
 template <class T, int width>
 __global__ void __launch_bounds__(transposeThreads)
-    layTransposedKernel(Rows<const T> x, int64_t filledCols, Rows<T> y, int64_t rows) {
+    layTransposedKernel(Rows<const T> x, int64_t firstCol, int64_t filledCols, Rows<T> y, int64_t rows) {
   const int64_t row = int64_t{blockIdx.x} * transposeThreads + threadIdx.x, col = int64_t{blockIdx.y} * width;
   if (row >= rows) return;
   Floats<width> values{};
 #pragma unroll
   for (int i = 0; i < width; ++i) {
-    if (col + i < filledCols) values.at[i] = load<1>(x[col + i] + row).at[0];
+    const int64_t filled = col + i - firstCol;
+    if (filled >= 0 && filled < filledCols) values.at[i] = load<1>(x[filled] + row).at[0];
   }
   store<width>(y[row] + col, values);
 }
@@ -44,7 +46,9 @@ void lay(Queue& queue, const Matrix& x, const Matrix& y) {
   });
 }
 
-void layTransposed(Queue& queue, const Matrix& x, const Matrix& y) {
+namespace {
+
+void layTransposed(Queue& queue, const Matrix& x, int64_t firstCol, const Matrix& y) {
   withElementType(y.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int most = fullWidth<T>;
@@ -52,8 +56,24 @@ void layTransposed(Queue& queue, const Matrix& x, const Matrix& y) {
     const dim3 grid(static_cast<unsigned>((y.rows + transposeThreads - 1) / transposeThreads),
                     static_cast<unsigned>(y.cols / width));
     queue.launch("layTransposed", width == most ? layTransposedKernel<T, most> : layTransposedKernel<T, 1>, grid,
-                 dim3(transposeThreads), 0, rowsOf<const T>(x), x.rows, rowsOf<T>(y), y.rows);
+                 dim3(transposeThreads), 0, rowsOf<const T>(x), firstCol, x.rows, rowsOf<T>(y), y.rows);
   });
+}
+
+}  // namespace
+
+void layBlocks(Queue& queue, const UpProjection& up, const Matrix& y) {
+  int64_t done = 0;
+  const auto layTo = [&](int64_t end, int64_t firstCol, const Matrix& factors) {
+    if (end > done) layTransposed(queue, factors, firstCol, y.rowRange(done, end - done));
+    done = end;
+  };
+  for (size_t i = 0; i < up.blocks.size(); ++i) {
+    const auto [first, count] = up.blocks[i];
+    layTo(first, 0, up.factors.rowRange(0, 0));  // outputs without a term
+    layTo(first + count, static_cast<int64_t>(i) * up.rank(), up.factors.columns(first, count));
+  }
+  layTo(y.rows, 0, up.factors.rowRange(0, 0));
 }
 
 }  // namespace lora_da::cuda

@@ -13,7 +13,7 @@ inline int64_t roundedRank(int64_t rank) {
 
 // y [rows, cols] = x in its upper left corner, zeros elsewhere; one type.
 void lay(Queue& queue, const Matrix& x, const Matrix& y);
-// The same for x^T.
-void layTransposed(Queue& queue, const Matrix& x, const Matrix& y);
+// y [out, cols]: rows are the outputs, block i's factors, transposed, in its columns [i rank, (i + 1) rank), zeros elsewhere.
+void layBlocks(Queue& queue, const UpProjection& up, const Matrix& y);
 
 }  // namespace lora_da::cuda

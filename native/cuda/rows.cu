@@ -1,4 +1,4 @@
-// Rows moved by index, cut and converted: embed, gatherRows, scatterAddRows, keepColumns, convert.
+// Rows moved by index, cut and converted: embed, gatherRows, scatterAddRows, convert.
 #include "cuda/cuda_device.h"
 #include "cuda/cuda_weight.h"
 #include "cuda/row_grid.h"
@@ -42,15 +42,6 @@ __global__ void __launch_bounds__(rowBlockThreads)
 #pragma unroll
     for (int e = 0; e < width; ++e) sum.at[e] += v.at[e];
     store<width>(y[target] + column, sum);
-  });
-}
-
-// `outside` is the number of columns that become zero: those before `first` and those from first + count on.
-template <int width>
-__global__ void __launch_bounds__(rowBlockThreads)
-    clearColumnsKernel(Rows<float> x, int64_t first, int64_t count, int64_t rows, int64_t outside) {
-  overMatrix<width>(rows, outside, [&](int64_t row, int64_t place) {
-    store<width>(x[row] + (place < first ? place : place + count), Floats<width>{});
   });
 }
 
@@ -119,14 +110,6 @@ void CudaDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Mat
   const RowGrid shared = rowGrid(x.rows, inVectors ? x.cols / floatWidth : x.cols);
   queue_.launch("scatterAddRows", inVectors ? scatterAddRowsKernel<floatWidth> : scatterAddRowsKernel<1>, shared.grid,
                 shared.block, 0, rowsOf<const float>(x), index, rowsOf<float>(y), x.rows, x.cols);
-}
-
-void CudaDevice::keepColumns(const Matrix& x, int64_t first, int64_t count) {
-  const int64_t outside = x.cols - count;
-  const bool inVectors = readsInVectors(x, floatWidth) && first % floatWidth == 0 && count % floatWidth == 0;
-  const RowGrid shared = rowGrid(x.rows, inVectors ? outside / floatWidth : outside);
-  queue_.launch("keepColumns", inVectors ? clearColumnsKernel<floatWidth> : clearColumnsKernel<1>, shared.grid, shared.block, 0,
-                rowsOf<float>(x), first, count, x.rows, outside);
 }
 
 void CudaDevice::convert(const Matrix& x, const Matrix& y) {

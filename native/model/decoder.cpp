@@ -161,7 +161,6 @@ StepResult Decoder::trainStep(const std::vector<TokenBatch>& batches, const Step
   files_.checkIntact();
   const std::vector<Parameter> parameters = lora_->parameters();
   device_->recorded([&] {
-    lora_->clearOffBlockGradients(*device_);
     device_->gradNorm(parameters, totals + 1);
     device_->adamw(parameters, static_cast<const AdamWStep*>(optimizerStep_.get()), totals + 1, totals);
   });

@@ -18,7 +18,7 @@ LoraSet::LoraSet(Device& device, const std::vector<LoraGroupShape>& shapes, int6
     group.aOffset = count_;
     count_ += group.k * group.in;
     group.upOffset = count_;
-    count_ += group.k * group.out;
+    count_ += group.blocks.empty() ? 0 : rank * group.out;
     groups_.push_back(std::move(group));
   }
   const auto elements = static_cast<size_t>(count_);
@@ -40,9 +40,10 @@ LoraSet::LoraSet(Device& device, const std::vector<LoraGroupShape>& shapes, int6
   auto* gradients = static_cast<float*>(gradients_.get());
   for (LoraGroup& group : groups_) {
     group.a = {products + group.aOffset * width, device.computeType(), group.k, group.in, group.in};
-    group.up = {products + group.upOffset * width, device.computeType(), group.k, group.out, group.out};
+    group.up.factors = {products + group.upOffset * width, device.computeType(), rank, group.out, group.out};
+    for (const LoraBlock& block : group.blocks) group.up.blocks.push_back({block.offset, block.out});
     group.aGrad = {gradients + group.aOffset, DType::f32, group.k, group.in, group.in};
-    group.upGrad = {gradients + group.upOffset, DType::f32, group.k, group.out, group.out};
+    group.upGrad = {gradients + group.upOffset, DType::f32, rank, group.out, group.out};
   }
 }
 
@@ -53,16 +54,6 @@ std::vector<Parameter> LoraSet::parameters() const {
 
 void LoraSet::zeroGradients(Device& device) const {
   device.zero(gradients_.get(), static_cast<size_t>(count_) * sizeof(float));
-}
-
-void LoraSet::clearOffBlockGradients(Device& device) const {
-  for (const LoraGroup& group : groups_) {
-    for (size_t block = 0; block < group.blocks.size(); ++block) {
-      const LoraBlock& module = group.blocks[block];
-      if (module.out == group.out) continue;
-      device.keepColumns(group.upGrad.rowRange(static_cast<int64_t>(block) * rank_, rank_), module.offset, module.out);
-    }
-  }
 }
 
 float* LoraSet::pointer(Array array) const {
@@ -77,14 +68,14 @@ AdapterFactors LoraSet::unpack(const LoraGroup& group, size_t block, const float
   factors.a.assign(a + firstRow * group.in, a + (firstRow + rank_) * group.in);
   factors.b.resize(static_cast<size_t>(module.out * rank_));
   for (int64_t r = 0; r < rank_; ++r) {
-    const float* row = up + (firstRow + r) * group.out + module.offset;
+    const float* row = up + r * group.out + module.offset;
     for (int64_t o = 0; o < module.out; ++o) factors.b[static_cast<size_t>(o * rank_ + r)] = row[o];
   }
   return factors;
 }
 
 std::vector<float> LoraSet::download(Device& device, Array array, const LoraGroup& group) const {
-  std::vector<float> host(static_cast<size_t>(group.k * (group.in + group.out)));
+  std::vector<float> host(static_cast<size_t>(group.k * group.in + rank_ * group.out));
   device.download(host.data(), pointer(array) + group.aOffset, host.size() * sizeof(float));
   device.synchronize();
   return host;
@@ -93,6 +84,7 @@ std::vector<float> LoraSet::download(Device& device, Array array, const LoraGrou
 std::vector<AdapterFactors> LoraSet::read(Device& device, Array array) const {
   std::vector<AdapterFactors> result;
   for (const LoraGroup& group : groups_) {
+    if (group.blocks.empty()) continue;
     const std::vector<float> host = download(device, array, group);
     for (size_t block = 0; block < group.blocks.size(); ++block) {
       result.push_back(unpack(group, block, host.data(), host.data() + group.k * group.in));
@@ -130,7 +122,7 @@ void LoraSet::write(Device& device, Array array, const std::vector<AdapterFactor
       const int64_t firstRow = static_cast<int64_t>(block) * rank_;
       std::copy(entry.a.begin(), entry.a.end(), host.begin() + group.aOffset + firstRow * group.in);
       for (int64_t r = 0; r < rank_; ++r) {
-        float* up = host.data() + group.upOffset + (firstRow + r) * group.out + module.offset;
+        float* up = host.data() + group.upOffset + r * group.out + module.offset;
         for (int64_t o = 0; o < module.out; ++o) up[o] = entry.b[static_cast<size_t>(o * rank_ + r)];
       }
       ++written;

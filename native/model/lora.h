@@ -2,10 +2,9 @@
 // AdamW are one pass each.
 //
 // Modules that read the same input form a group. With k = (adapted modules of the group) * rank:
-//   a  [k, in]   the A factors, one below the other: one thin product projects the shared input down for all of them
-//   up [k, out]  the transposed B factors, block by block at their modules' columns, zeros elsewhere: one thin product adds all
-//                their updates to the group's output row
-// Gradients of `up` outside its blocks are cleared before each update, so that the zeros stay zeros.
+//   a  [k, in]      the A factors, one below the other: one thin product projects the shared input down for all of them
+//   up [rank, out]  the transposed B factors, side by side at their modules' columns (Device's UpProjection); columns of modules
+//                   without an adapter stay zero
 #pragma once
 
 #include <string>
@@ -22,7 +21,7 @@ struct AdapterFactors {
   std::vector<float> b;  // [out, rank]
 };
 
-// One adapted module: rows [block * rank, (block + 1) * rank) of its group, columns [offset, offset + out) of `up`.
+// One adapted module: rows [block * rank, (block + 1) * rank) of its group's `a`, columns [offset, offset + out) of `up`.
 struct LoraBlock {
   std::string module;
   int64_t offset = 0;
@@ -34,7 +33,8 @@ struct LoraGroup {
   int64_t in = 0, out = 0, k = 0;
   float scaling = 1;
   int64_t aOffset = 0, upOffset = 0;  // first element in the set's arrays
-  Matrix a, up;                       // compute type, for products
+  Matrix a;                           // compute type, for products
+  UpProjection up;                    // the same
   Matrix aGrad, upGrad;               // float32
 };
 
@@ -57,7 +57,6 @@ class LoraSet {
   std::vector<Parameter> parameters() const;
 
   void zeroGradients(Device& device) const;
-  void clearOffBlockGradients(Device& device) const;
 
   enum class Array { value, firstMoment, secondMoment };
   std::vector<AdapterFactors> read(Device& device, Array array) const;

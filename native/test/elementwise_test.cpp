@@ -377,26 +377,6 @@ DEVICE_TEST_CASE("rows are gathered and scattered by index, a negative one gives
   CHECK(marginUntouched(back));
 }
 
-DEVICE_TEST_CASE("keepColumns clears what lies outside of the columns, and nothing behind the rows") {
-  const auto device = tested.make(DType::f32);
-  struct Columns {
-    int64_t cols, first, count;
-  };
-  for (const auto [cols, first, count] :
-       {Columns{37, 5, 11}, Columns{64, 0, 32}, Columns{64, 48, 16}, Columns{130, 129, 1}, Columns{7, 0, 7}, Columns{9, 4, 0}}) {
-    const uint64_t seed = freshSeed();
-    INFO(describe(seed, DType::f32, cols), ", columns ", first, " + ", count);
-    std::mt19937_64 random(seed);
-    TestMatrix x(*device, DType::f32, 6, cols, 3);
-    x.randomize(random);
-    device->keepColumns(x.view(), first, count);
-    CHECK(relativeError(x, [&, first = first, count = count](int64_t i, int64_t j) {
-            return j >= first && j < first + count ? x.exactAt(i, j) : 0;
-          }) == 0);
-    CHECK(marginUntouched(x));
-  }
-}
-
 DEVICE_TEST_CASE("conversion to bfloat16 rounds to nearest even and keeps NaN and infinity") {
   const auto device = tested.make(DType::bf16);
   std::mt19937_64 random(freshSeed());

@@ -51,6 +51,11 @@ struct KeptOptional {
   const Matrix* get() const { return matrix ? &*matrix : nullptr; }
 };
 
+struct KeptUpProjection {
+  std::optional<UpProjection> up;
+  const UpProjection* get() const { return up ? &*up : nullptr; }
+};
+
 struct KeptSequences {
   const int32_t *rowFirst, *rowEnd;
   int64_t rows;
@@ -128,6 +133,12 @@ class GuardedDevice::Operands {
     note(argument != nullptr);
     if (!argument) return {};
     return {(*this)(*argument).value};
+  }
+  KeptUpProjection operator()(const UpProjection* argument) const {
+    note(argument != nullptr);
+    if (!argument) return {};
+    for (const UpProjection::Block& block : argument->blocks) note(block.first, block.count);
+    return {UpProjection{(*this)(argument->factors).value, argument->blocks}};
   }
   KeptWeight operator()(const Weight& argument) const {
     note(static_cast<const void*>(&argument));
@@ -285,7 +296,7 @@ std::unique_ptr<Weight> GuardedDevice::prepare(const std::vector<HostTensor>& pa
   return device_->prepare(parts, uses);
 }
 
-void GuardedDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+void GuardedDevice::linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
                            const Matrix* residual, const Matrix& y) {
   enqueue("linear", &Device::linear, x, weight, array(bias, weight.out), down, up, residual, y);
   enqueue("room of linear", spoilRoom, x);
@@ -353,10 +364,6 @@ void GuardedDevice::gatherRows(const Matrix& x, const int32_t* index, const Matr
 
 void GuardedDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) {
   enqueue("scatterAddRows", &Device::scatterAddRows, x, array(index, x.rows), y);
-}
-
-void GuardedDevice::keepColumns(const Matrix& x, int64_t first, int64_t count) {
-  enqueue("keepColumns", &Device::keepColumns, x, first, count);
 }
 
 void GuardedDevice::convert(const Matrix& x, const Matrix& y) {

@@ -47,7 +47,7 @@ class GuardedDevice : public Device {
   DeviceMemory memory() const override { return device_->memory(); }
 
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
-  void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const Matrix* up,
+  void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
               const Matrix* residual, const Matrix& y) override;
   void linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
                        const Matrix& dx) override;
@@ -69,7 +69,6 @@ class GuardedDevice : public Device {
   void gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) override;
   void gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
   void scatterAddRows(const Matrix& x, const int32_t* index, const Matrix& y) override;
-  void keepColumns(const Matrix& x, int64_t first, int64_t count) override;
   void convert(const Matrix& x, const Matrix& y) override;
 
   void attention(const Matrix& q, const Matrix& k, const Matrix& v, const Sequences& sequences, const AttentionShape& shape,

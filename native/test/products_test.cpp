@@ -38,26 +38,29 @@ DEVICE_TEST_CASE(
   CAPTURE(seed);
   std::mt19937_64 random(seed);
   struct Shape {
-    int64_t rows, in, firstOut, secondOut, k;
+    int64_t rows, in, firstOut, secondOut, rank;
+    bool bothAdapted = true;
   };
-  for (const Shape shape : {Shape{1, 52, 33, 20, 6}, Shape{1, 131, 70, 9, 5}, Shape{64, 52, 33, 20, 6}, Shape{192, 51, 37, 90, 5},
-                            Shape{250, 96, 48, 144, 8}, Shape{30, 4131, 21, 12, 3}, Shape{17, 20, 4101, 22, 2}}) {
+  for (const Shape shape : {Shape{1, 52, 33, 20, 6}, Shape{1, 131, 70, 9, 5}, Shape{1, 40, 50, 60, 4, false},
+                            Shape{64, 52, 33, 20, 6}, Shape{192, 51, 37, 90, 5}, Shape{250, 96, 48, 144, 8},
+                            Shape{250, 96, 130, 40, 8, false}, Shape{30, 4131, 21, 12, 3}, Shape{17, 20, 4101, 22, 2}}) {
     for (const DType type : {DType::f32, DType::bf16}) {
       for (const DType fileType : {type, DType::bf16}) {
         for (const size_t copyBudget : {size_t{0}, size_t{1} << 30}) {
           if (copyBudget == 0 && !tested.onCpu()) continue;
-          const auto [rows, in, firstOut, secondOut, k] = shape;
+          const auto [rows, in, firstOut, secondOut, rank, bothAdapted] = shape;
+          const int64_t k = bothAdapted ? 2 * rank : rank;
           CAPTURE(nameOf(type));
           CAPTURE(rows);
           CAPTURE(in);
           const auto device = tested.make(type, 2, copyBudget);
           const int64_t out = firstOut + secondOut, room = device->lowRankRoom();
           TestMatrix first(*device, fileType, firstOut, in), second(*device, fileType, secondOut, in),
-              x(*device, type, rows, in, room), down(*device, type, rows, k), up(*device, type, k, out),
+              x(*device, type, rows, in, room), down(*device, type, rows, k), factors(*device, type, rank, out),
               downGrad(*device, type, rows, k), a(*device, type, k, in), residual(*device, DType::f32, rows, out);
           TestMatrix y(*device, type, rows, out), wide(*device, DType::f32, rows, out), dy(*device, type, rows, out, room),
               dx(*device, DType::f32, rows, in);
-          for (TestMatrix* matrix : {&first, &second, &x, &down, &up, &downGrad, &a, &residual, &dy})
+          for (TestMatrix* matrix : {&first, &second, &x, &down, &factors, &downGrad, &a, &residual, &dy})
             matrix->randomize(random, 0.3);
           DeviceVector<float> bias(*device, static_cast<size_t>(out));
           for (float& value : bias.edit()) value = static_cast<float>(random() % 1000) / 500.0f - 1.0f;
@@ -67,28 +70,39 @@ DEVICE_TEST_CASE(
             return o < firstOut ? first.exactAt(o, i) : second.exactAt(o - firstOut, i);
           };
 
+          UpProjection up{factors.view(), {{firstOut, secondOut}}};
+          if (bothAdapted) up.blocks.insert(up.blocks.begin(), {0, firstOut});
+          const auto term = [&, firstOut = firstOut, rank = rank, bothAdapted = bothAdapted](int64_t t, int64_t o) {
+            double sum = 0;
+            const int64_t column = bothAdapted && o >= firstOut ? rank : 0;
+            for (int64_t r = 0; (bothAdapted || o >= firstOut) && r < rank; ++r) {
+              sum += down.exactAt(t, column + r) * factors.exactAt(r, o);
+            }
+            return sum;
+          };
+
           std::vector<double> plain, adapted;
           for (int64_t t = 0; t < rows; ++t) {
             for (int64_t o = 0; o < out; ++o) {
               double sum = 0;
               for (int64_t i = 0; i < in; ++i) sum += x.exactAt(t, i) * w(o, i);
               plain.push_back(sum);
-              adapted.push_back(sum + static_cast<double>(bias[static_cast<size_t>(o)]) + dot(down, t, false, up, o, false, k));
+              adapted.push_back(sum + static_cast<double>(bias[static_cast<size_t>(o)]) + term(t, o));
             }
           }
           const auto at = [out = out](const std::vector<double>& values, int64_t t, int64_t o) {
             return values[static_cast<size_t>(t * out + o)];
           };
-          const Matrix downView = down.view(), upView = up.view(), residualView = residual.view();
+          const Matrix downView = down.view(), residualView = residual.view();
           const auto isPlain = [&](int64_t t, int64_t o) { return at(plain, t, o); };
           const auto isAdapted = [&](int64_t t, int64_t o) { return at(adapted, t, o); };
           const auto isWhole = [&](int64_t t, int64_t o) { return at(adapted, t, o) + residual.exactAt(t, o); };
           device->linear(x.view(), *weight, nullptr, nullptr, nullptr, nullptr, wide.view());
           CHECK(relativeError(wide, isPlain) < 3e-6);
           for (const Matrix& input : {x.view(), withRoom(x)}) {
-            device->linear(input, *weight, bias.data(), &downView, &upView, nullptr, y.view());
+            device->linear(input, *weight, bias.data(), &downView, &up, nullptr, y.view());
             CHECK(relativeError(y, isAdapted) < tolerance(type));
-            device->linear(input, *weight, bias.data(), &downView, &upView, &residualView, wide.view());
+            device->linear(input, *weight, bias.data(), &downView, &up, &residualView, wide.view());
             CHECK(relativeError(wide, isWhole) < 3e-6);
           }
 
@@ -106,7 +120,7 @@ DEVICE_TEST_CASE(
           const Matrix downGradView = downGrad.view(), aView = a.view();
           for (const Matrix& gradient : {dy.view(), withRoom(dy)}) {
             device->linearInputGrad(gradient, *weight, &downGradView, &aView, dx.view());
-            CHECK(relativeError(dx, [&, k = k](int64_t t, int64_t i) {
+            CHECK(relativeError(dx, [&](int64_t t, int64_t i) {
                     return inputGrad(t, i) + dot(downGrad, t, false, a, i, false, k);
                   }) < 3e-6);
           }
@@ -148,7 +162,8 @@ DEVICE_TEST_CASE("the same products give the same bits") {
     for (TestMatrix* matrix : {&w, &x, &down, &up, &a}) matrix->randomize(random);
     const auto weight = device->prepare({hostTensor(w, "w")}, {true, true, false, true});
     const auto run = [&] {
-      const Matrix downView = down.view(), upView = up.view(), aView = a.view();
+      const UpProjection upView{up.view(), {{0, out}}};
+      const Matrix downView = down.view(), aView = a.view();
       const DeviceVector<double> z(*device, static_cast<size_t>(in * in));
       device->linear(x.view(), *weight, nullptr, &downView, &upView, nullptr, y.view());
       device->linearInputGrad(y.view(), *weight, &downView, &aView, dx.view());
@@ -194,7 +209,7 @@ DEVICE_TEST_CASE("matmul in every transposition, scaled and accumulated") {
             CAPTURE(accumulate);
             const float scale = accumulate && n == 16 ? 1.0f : 0.75f;
             TestMatrix a(*device, type, ta ? k : m, ta ? m : k), b(*device, type, tb ? n : k, tb ? k : n),
-                c(*device, DType::f32, m, n);
+                c(*device, DType::f32, m, n, m % 2 == 0 ? 16 : 0);  // also as a slice of wider rows
             a.randomize(random);
             b.randomize(random);
             c.randomize(random);

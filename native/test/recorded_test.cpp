@@ -14,7 +14,6 @@ using namespace lora_da::test;
 namespace {
 
 constexpr int64_t rows = 128, labelRows = 64, heads = 2, headDim = 12, hidden = heads * headDim, vocabulary = 61, rank = 4;
-constexpr int64_t keptFirst = 3, keptCount = 10;
 
 // What differs from batch to batch.
 struct Content {
@@ -138,7 +137,6 @@ class Pass {
     device_.zero(totals_.data(), 2 * sizeof(double));
     device_.zero(aGrad_.view().data, aGrad_.exact.size() * sizeof(float));
     device_.matmul(Transpose::yes, grad.columns(0, rank), Transpose::no, normed_.view(), 1.0f, true, aGrad_.view());
-    device_.keepColumns(aGrad_.view(), keptFirst, keptCount);
     device_.sumLosses(losses_.data(), rowScale_.data(), labelRows, totals_.data());
     const Parameter parameter{value_.data(),        aGrad_.view().as<float>(), firstMoment_.data(),
                               secondMoment_.data(), shadow_.view().data,       rank * hidden};
