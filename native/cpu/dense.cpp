@@ -50,6 +50,11 @@ class LapackThreads {
   int before_;
 };
 
+// Below this order a reduction takes about as long as a search.
+bool searches(int64_t n, int64_t count) {
+  return n >= kThreadedOrder && LowestEigenpairs::suits(n, count);
+}
+
 // LAPACK's blocked routines take panels of at most this many columns.
 constexpr size_t kLapackBlock = 64;
 
@@ -188,7 +193,7 @@ void CpuDevice::symmetricProduct(const double* a, int64_t n, int64_t m, double a
 // The arrays of the search, or of what follows where it finds nothing; the Cholesky routines work in place.
 size_t CpuDevice::denseWorkspaceBytes(int64_t n, int64_t count) const {
   if (count == 0) return 0;
-  if (LowestEigenpairs::suits(n, count)) return LowestEigenpairs::bytes(n, count);
+  if (searches(n, count)) return LowestEigenpairs::bytes(n, count);
   const size_t size = static_cast<size_t>(n), wanted = static_cast<size_t>(count);
   const size_t doubles = (3 + 1 + wanted + 5) * size + kLapackBlock * (size + wanted + kLapackBlock);
   const size_t integers = 5 * size + wanted;
@@ -198,7 +203,7 @@ size_t CpuDevice::denseWorkspaceBytes(int64_t n, int64_t count) const {
 // Where no search serves: Householder reduction to tridiagonal form, the wanted eigenpairs of that, and back.
 void CpuDevice::lowestEigenpairs(double* a, int64_t n, int64_t count, double* values, double* vectors) {
   if (count < 1 || count > n) throw Error(code::invalidArgument, "lowestEigenpairs: count must lie between 1 and the order");
-  if (LowestEigenpairs::suits(n, count) && LowestEigenpairs(*this, a, n, count).find(values, vectors)) return;
+  if (searches(n, count) && LowestEigenpairs(*this, a, n, count).find(values, vectors)) return;
   const LapackThreads threads(n);
   const int order = static_cast<int>(n), wanted = static_cast<int>(count);
   const size_t size = static_cast<size_t>(n);

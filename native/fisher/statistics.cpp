@@ -1,14 +1,32 @@
 #include "fisher/statistics.h"
 
+#include <algorithm>
+#include <string>
+
+#include "model/step_buffers.h"
+
 namespace lora_da {
 
 namespace {
 
-Buffer zeroed(Device& device, int64_t count, size_t elementBytes, const std::string& purpose) {
-  const size_t bytes = static_cast<size_t>(count) * elementBytes;
-  Buffer buffer = device.allocate(bytes, purpose);
-  device.zero(buffer.get(), bytes);
-  return buffer;
+// Where the sums of one layer lie in its block.
+class Places {
+ public:
+  size_t take(int64_t count, size_t elementBytes) {
+    constexpr size_t alignment = 256;
+    const size_t place = used_;
+    used_ += (static_cast<size_t>(count) * elementBytes + alignment - 1) / alignment * alignment;
+    return place;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  size_t used_ = 0;
+};
+
+// A part of a block, which lives as long as one of its parts.
+Buffer partOf(const std::shared_ptr<Buffer>& block, size_t place) {
+  return Buffer(static_cast<char*>(block->get()) + place, [block](void*) {});
 }
 
 double meanFactor(int64_t count) {
@@ -20,13 +38,34 @@ double meanFactor(int64_t count) {
 Statistics::Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted,
                        InitializerNeeds needs, TokenMask mask)
     : device_(device), projections_(projections), mask_(mask), sums_(projections.size()) {
-  for (size_t i = 0; i < projections.size(); ++i) {
+  for (size_t first = 0; first < projections.size(); first += groupsPerLayer) allocateLayer(first, wanted, needs);
+}
+
+// One block for a layer: it is cleared at once, and large enough for the pages that a device has for large ones.
+void Statistics::allocateLayer(size_t first, const std::vector<bool>& wanted, InitializerNeeds needs) {
+  struct Place {
+    size_t group, gradient, inputMoment, outputFactor;
+  };
+  Places places;
+  std::vector<Place> layer;
+  for (size_t i = first; i < std::min(first + groupsPerLayer, projections_.size()); ++i) {
     if (!wanted[i]) continue;
-    const Projection& group = *projections[i];
-    const std::string of = " of " + group.parts.front().module;
-    if (needs.gradient) sums_[i].gradient = zeroed(device, group.out * group.in, sizeof(float), "gradient" + of);
-    if (needs.inputMoment) sums_[i].inputMoment = zeroed(device, group.in * group.in, sizeof(double), "input moment" + of);
-    if (needs.outputFactor) sums_[i].outputFactor = zeroed(device, group.out, sizeof(double), "output factor" + of);
+    const Projection& group = *projections_[i];
+    Place place{i, 0, 0, 0};
+    if (needs.gradient) place.gradient = places.take(group.out * group.in, sizeof(float));
+    if (needs.inputMoment) place.inputMoment = places.take(group.in * group.in, sizeof(double));
+    if (needs.outputFactor) place.outputFactor = places.take(group.out, sizeof(double));
+    layer.push_back(place);
+  }
+  if (places.used() == 0) return;
+  const std::string purpose = "statistics of the layer of " + projections_[first]->parts.front().module;
+  const auto block = std::make_shared<Buffer>(device_.allocate(places.used(), purpose));
+  device_.zero(block->get(), places.used());
+  for (const Place& place : layer) {
+    Sums& sums = sums_[place.group];
+    if (needs.gradient) sums.gradient = partOf(block, place.gradient);
+    if (needs.inputMoment) sums.inputMoment = partOf(block, place.inputMoment);
+    if (needs.outputFactor) sums.outputFactor = partOf(block, place.outputFactor);
   }
 }
 

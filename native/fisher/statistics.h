@@ -35,7 +35,8 @@ class Statistics : public ProjectionObserver {
   void beginBatch(const PackedBatch& batch);
   void observe(size_t group, const Matrix& x, const Matrix& dy) override;
 
-  // Means instead of sums; the group's sums are freed or handed over, so that it can be taken once.
+  // Means instead of sums; the group's sums are handed over, so that it can be taken once. A layer's memory is freed with the
+  // last of its groups.
   GroupStatistics take(size_t group);
   int64_t samples() const { return samples_; }
 
@@ -43,6 +44,7 @@ class Statistics : public ProjectionObserver {
   struct Sums {
     Buffer gradient, inputMoment, outputFactor;
   };
+  void allocateLayer(size_t first, const std::vector<bool>& wanted, InitializerNeeds needs);
   // The rows of x that the mask keeps: x itself without its padding, or a gathered copy.
   Matrix masked(const Matrix& x, Buffer& copy, size_t& copyBytes);
 
