@@ -117,7 +117,7 @@ class Decoder {
   void headForward(const Pass& pass, bool gradient);
   void backward(const Pass& pass);
   void lossesAndGradients(PackedBatch& batch, const LoraSet* lora, Keep keep, ProjectionObserver* observer);
-  std::vector<float> nextLogits(PackedBatch& batch, KvCache& cache);
+  void nextLogits(PackedBatch& batch, KvCache& cache, std::vector<float>& host);
   void checkCancelled() const;
   const float* finalNorm() const { return static_cast<const float*>(weights_.finalNorm.get()); }
 
