@@ -6,6 +6,7 @@
 #include <numeric>
 #include <utility>
 
+#include "core/integers.h"
 #include "core/symmetric_eigenpairs.h"
 
 namespace lora_da {
@@ -53,10 +54,6 @@ std::vector<double> startVectors(int64_t count) {
     value = (static_cast<double>(bits >> 11) + 0.5) * 0x1.0p-52 - 1.0;
   }
   return x;
-}
-
-int64_t roundUp(int64_t value, int64_t grain) {
-  return (value + grain - 1) / grain * grain;
 }
 
 int64_t widthFor(int64_t count) {

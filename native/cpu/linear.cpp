@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "core/integers.h"
 #include "cpu/cpu_device.h"
 #include "cpu/cpu_weight.h"
 #include "cpu/panels.h"
@@ -18,10 +19,6 @@ namespace {
 // Threads share the columns of an outer sum, and the outputs of a single row, in multiples of these.
 constexpr int64_t columnGrain = 64;
 constexpr int64_t outputGrain = 16;
-
-int64_t ceilDiv(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 PanelProduct productOf(const Matrix& x, const Matrix* lowRank, const Matrix& y) {
   PanelProduct p;

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/integers.h"
+
 namespace lora_da::cpu {
 
 namespace {
@@ -15,14 +17,6 @@ constexpr int64_t depthBlock = 85 * panelCols;
 // Rows of the left operand that do: where panels need not be laid out, all of them are multiplied with these rows before the
 // next.
 constexpr int64_t rowBlockBytes = 384 << 10;
-
-int64_t ceilDiv(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-int64_t roundUp(int64_t value, int64_t grain) {
-  return ceilDiv(value, grain) * grain;
-}
 
 // Whether the weight's own panels are what the kernels multiply with.
 bool isAsMultiplied(const TypedKernels& kernels, const CpuWeight& w) {

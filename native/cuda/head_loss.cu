@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "core/integers.h"
 #include "cuda/cuda_device.h"
 #include "cuda/reduction.h"
 #include "cuda/vector_access.h"
@@ -117,10 +118,6 @@ __global__ void __launch_bounds__(sumThreads)
   for (int64_t i = threadIdx.x; i < count; i += sumThreads) sum += static_cast<double>(losses[i]) * static_cast<double>(scale[i]);
   sum = sumOfBlock<sumThreads>(sum, sharedMemory<double>());
   if (threadIdx.x == 0) total[0] += sum;
-}
-
-int64_t roundUp(int64_t value, int64_t grain) {
-  return (value + grain - 1) / grain * grain;
 }
 
 struct Chunk {
