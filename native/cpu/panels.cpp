@@ -18,6 +18,9 @@ constexpr int64_t depthBlock = 85 * panelCols;
 // next.
 constexpr int64_t rowBlockBytes = 384 << 10;
 
+// Results of this size, such as the logits, are gone from the caches before they are read.
+constexpr int64_t cacheBytes = 32 << 20;
+
 // Whether the weight's own panels are what the kernels multiply with.
 bool isAsMultiplied(const TypedKernels& kernels, const CpuWeight& w) {
   return w.panels && (w.dtype == DType::bf16) == (kernels.stepDepth == 2);
@@ -123,11 +126,22 @@ Cuts cutByRows(int64_t panels, int64_t rows, int64_t rowBytes) {
   return cuts;
 }
 
+bool passesCaches(const PanelProduct& p, int64_t cols) {
+  constexpr int64_t line = 64, lineFloats = line / static_cast<int64_t>(sizeof(float));
+  const bool aligned = reinterpret_cast<uintptr_t>(p.y) % line == 0 && p.yStride % lineFloats == 0;
+  return p.floatOutput && aligned && !p.accumulate && p.depth <= depthBlock &&
+         p.rows * cols * static_cast<int64_t>(sizeof(float)) > cacheBytes;
+}
+
 // What one thread makes of a part of the job: one panel, over some of the depth, with some of the rows.
 class PanelWorker {
  public:
   PanelWorker(const TypedKernels& kernels, const PanelJob& job, float* memory)
-      : kernels_(kernels), job_(job), lowRankMemory_(memory), memory_(memory + lowRankFloats(kernels, job)) {}
+      : kernels_(kernels),
+        job_(job),
+        lowRankMemory_(memory),
+        memory_(memory + lowRankFloats(kernels, job)),
+        pastCaches_(passesCaches(job.product, job.cols)) {}
 
   // A panel of the LoRA term, and the same before it is laid out.
   static size_t lowRankFloats(const TypedKernels& kernels, const PanelJob& job) {
@@ -156,6 +170,7 @@ class PanelWorker {
     p.depth = depths;
     p.rows = unit.rows;
     p.cols = cols;
+    p.pastCaches = pastCaches_;
     kernels_.multiplyPanel(p);
   }
 
@@ -209,6 +224,7 @@ class PanelWorker {
   const PanelJob& job_;
   float* lowRankMemory_;
   float* memory_;
+  const bool pastCaches_;
   const float* laid_ = nullptr;
   int64_t panel_ = -1, depth_ = -1;              // what laid_ is
   int64_t lowRankFirst_ = 0, lowRankDepth_ = 0;  // columns of the left factor that the LoRA term's panel is for

@@ -130,6 +130,24 @@ DEVICE_TEST_CASE(
   }
 }
 
+// Logits and the like, which a device may send past its caches.
+DEVICE_TEST_CASE("a product too large for a cache") {
+  if (smallCasesOnly()) return;
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  std::mt19937_64 random(seed);
+  const int64_t rows = 97, in = 6, out = 88016;
+  for (const DType type : {DType::f32, DType::bf16}) {
+    const auto device = tested.make(type);
+    TestMatrix w(*device, type, out, in), x(*device, type, rows, in), y(*device, DType::f32, rows, out);
+    w.randomize(random);
+    x.randomize(random);
+    const auto weight = device->prepare({hostTensor(w, "w")}, {true, false, false});
+    device->linear(x.view(), *weight, nullptr, nullptr, nullptr, nullptr, y.view());
+    CHECK(relativeError(y, [&](int64_t t, int64_t o) { return dot(x, t, false, w, o, true, in); }) < 3e-6);
+  }
+}
+
 TEST_CASE("products with weights have the same bits for any number of threads" * cpuOnly("no other device has threads")) {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);

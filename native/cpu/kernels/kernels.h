@@ -66,6 +66,7 @@ struct PanelProduct {
   void* y = nullptr;
   int64_t yStride = 0;
   bool floatOutput = true;
+  bool pastCaches = false;  // y, float32, rows aligned to 64 bytes, is too large to stay in a cache and goes to memory directly
 };
 
 // c [leftCols, cols] += left^T b over the rows of b [rows, cols]; left laid out by packRows as [steps][leftStride].
