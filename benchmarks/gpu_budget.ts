@@ -127,8 +127,8 @@ function pass(budget: Budget, tokens: number, length: number, rank: number): voi
     budget.product('backward', `${name}: dy W + LoRA`, backward, 2 * n * width * (out + k));
     if (!rank) continue;
     budget.product('forward', `${name}: down = x aᵀ`, n * 2 * (width + k), 2 * n * width * k);
-    budget.product('backward', `${name}: ddown = dy upᵀ`, n * 2 * (out + k), 2 * n * out * k);
-    budget.product('backward', `${name}: dB += downᵀ dy`, n * 2 * (out + k), 2 * n * out * k);
+    budget.product('backward', `${name}: ddown = dy upᵀ`, n * 2 * (out + k), 2 * n * out * rank);
+    budget.product('backward', `${name}: dB += downᵀ dy`, n * 2 * (out + k), 2 * n * out * rank);
     budget.product('backward', `${name}: dA += ddownᵀ x`, n * 2 * (width + k), 2 * n * width * k);
     budget.pass('forward', `${name}: factors beside the weight`, 2 * layers * 4 * k * (out + width) + 8 * n * k);
   }
@@ -155,8 +155,8 @@ function pass(budget: Budget, tokens: number, length: number, rank: number): voi
 }
 
 function optimizer(budget: Budget, rank: number): void {
-  let factors = 0; // as stored: the blocks of stacked up-projections hold zeros elsewhere
-  for (const group of groups) factors += layers * rank * group.modules.length * (group.in + group.out);
+  let factors = 0;
+  for (const group of groups) factors += layers * rank * (group.modules.length * group.in + group.out);
   budget.pass('optimizer', 'gradient norm', 4 * factors);
   budget.pass('optimizer', 'AdamW', (4 * 4 + 3 * 4 + 2) * factors);
 }
