@@ -6,6 +6,7 @@
 #include <numeric>
 #include <utility>
 
+#include "core/dense_view.h"
 #include "core/integers.h"
 #include "core/symmetric_eigenpairs.h"
 
@@ -62,10 +63,6 @@ int64_t widthFor(int64_t count) {
 
 int64_t spaceFor(int64_t count) {
   return 4 * widthFor(count);
-}
-
-Matrix rowsOf(double* data, int64_t rows, int64_t cols) {
-  return {data, DType::f64, rows, cols, cols};
 }
 
 // From the Gram matrix [count, count] of some vectors a combination [rank, count] of them that is orthonormal, as well as the
@@ -157,7 +154,7 @@ std::vector<double> joined(std::vector<double> basis, int64_t length, const std:
 
 LowestEigenpairs::LowestEigenpairs(Device& device, const double* a, int64_t n, int64_t count)
     : device_(device),
-      a_(rowsOf(const_cast<double*>(a), n, n)),
+      a_(denseView(a, n, n)),
       n_(n),
       count_(count),
       width_(widthFor(count)),
@@ -168,7 +165,7 @@ LowestEigenpairs::LowestEigenpairs(Device& device, const double* a, int64_t n, i
   const auto take = [&](int64_t rows, int64_t cols) {
     double* data = next;
     next += rows * cols;
-    return rowsOf(data, rows, cols);
+    return denseView(data, rows, cols);
   };
   inverse_ = take(n, n);
   space_ = take(most_, n);
@@ -199,12 +196,12 @@ void LowestEigenpairs::copy(const Matrix& to, const Matrix& from) {
 
 Matrix LowestEigenpairs::send(double* to, const std::vector<double>& from, int64_t rows, int64_t cols) {
   device_.upload(to, from.data(), from.size() * sizeof(double));
-  return rowsOf(to, rows, cols);
+  return denseView(to, rows, cols);
 }
 
 // y x^T, on the host.
 std::vector<double> LowestEigenpairs::gram(const Matrix& x, const Matrix& y) {
-  device_.matmul(Transpose::no, y, Transpose::yes, x, 1, false, rowsOf(small_, y.rows, x.rows));
+  device_.matmul(Transpose::no, y, Transpose::yes, x, 1, false, denseView(small_, y.rows, x.rows));
   std::vector<double> host(static_cast<size_t>(y.rows * x.rows));
   device_.download(host.data(), small_, host.size() * sizeof(double));
   device_.synchronize();
@@ -220,7 +217,7 @@ int64_t LowestEigenpairs::orthonormalize(const Matrix& basis, Matrix block, Matr
   constexpr int mostRounds = 4;
   for (int round = 0;; ++round) {
     if (basis.rows > 0) {
-      const Matrix overlap = rowsOf(small_, block.rows, basis.rows);
+      const Matrix overlap = denseView(small_, block.rows, basis.rows);
       device_.matmul(Transpose::no, block, Transpose::yes, basis, 1, false, overlap);
       device_.matmul(Transpose::no, overlap, Transpose::no, basis, -1, true, block);
     }

@@ -43,8 +43,9 @@ class CpuDevice : public Device {
   size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;      // dense.cpp
   DeviceMemory memory() const override;
 
-  // linear.cpp
+  // weights.cpp
   std::unique_ptr<Weight> prepare(const std::vector<HostTensor>& parts, WeightUses uses) override;
+  // linear.cpp
   void linear(const Matrix& x, const Weight& weight, const float* bias, const Matrix* down, const UpProjection* up,
               const Matrix* residual, const Matrix& y) override;
   void linearInputGrad(const Matrix& dy, const Weight& weight, const Matrix* downGrad, const Matrix* a,
@@ -114,6 +115,7 @@ class CpuDevice : public Device {
   const TypedKernels& typed() const { return typed(computeType_); }
   void* scratch(size_t bytes) { return scratch_.reserve(*this, bytes, "scratch of the CPU device"); }
 
+  // products.cpp
   void productIntoSlice(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
                         const Matrix& c);
   // matmul of float64 (dense.cpp).
@@ -133,7 +135,6 @@ class CpuDevice : public Device {
                  const Matrix* residual, const Matrix& y);
   void thinProduct(const Matrix& a, const Matrix& b, float alpha, const Matrix& c);
   void outerSum(const Matrix& a, const Matrix& b, const Matrix& c);
-  Matrix spreadBlocks(const UpProjection& up);
   void libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,
                      const Matrix* residual, const Matrix& y);
   void libraryInputGrad(const Matrix& dy, const CpuWeight& w, const Matrix* downGrad, const Matrix* a, const Matrix& dx);
@@ -150,7 +151,7 @@ class CpuDevice : public Device {
   Scratch scratch_;
   Scratch productScratch_;  // apart from scratch_, which callers may hold across a product
   Scratch panelScratch_;
-  Scratch blockScratch_;
+  Scratch factorScratch_, sliceScratch_;  // apart: a product of spread factors may be a slice
 };
 
 }  // namespace lora_da::cpu

@@ -76,7 +76,7 @@ void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias
   const TypedKernels& kernels = typed();
   const size_t blocks = down ? up->blocks.size() : 0;
   const int64_t rank = down ? up->rank() : 0, steps = ceilDiv(rank, kernels.stepDepth);
-  const int64_t width = ceilDiv(w.out, panelCols) * panelCols;
+  const int64_t width = roundUp(w.out, panelCols);
   float* sums = panelScratch(static_cast<size_t>(width) + blocks * static_cast<size_t>(steps));
   // Each block's down-projection as steps of an outer sum; an odd last pair ends with zero.
   float* left = sums + width;
@@ -170,7 +170,7 @@ void CpuDevice::thinProduct(const Matrix& a, const Matrix& b, float alpha, const
 // c += a^T b where a has few columns, as the gradients of LoRA's factors: threads share the columns of b.
 void CpuDevice::outerSum(const Matrix& a, const Matrix& b, const Matrix& c) {
   const TypedKernels& kernels = typed();
-  const int64_t steps = ceilDiv(a.rows, kernels.stepDepth), stepFloats = ceilDiv(a.cols, 16) * 16;
+  const int64_t steps = ceilDiv(a.rows, kernels.stepDepth), stepFloats = roundUp(a.cols, 16);
   float* left = panelScratch(static_cast<size_t>(steps * stepFloats));
   const int64_t grains = ceilDiv(b.cols, columnGrain);
 #pragma omp parallel num_threads(threads_)
@@ -199,25 +199,17 @@ void CpuDevice::outerSum(const Matrix& a, const Matrix& b, const Matrix& c) {
 
 // --- oneDNN --------------------------------------------------------------------------------------------------------
 
-// A matrix with the factors block by block and zeros elsewhere: one product for all of them.
-Matrix CpuDevice::spreadBlocks(const UpProjection& up) {
-  const int64_t rank = up.rank(), out = up.factors.cols, k = static_cast<int64_t>(up.blocks.size()) * rank;
-  const size_t bytes = sizeOf(up.factors.dtype), size = static_cast<size_t>(k * out) * bytes;
-  const Matrix spread{blockScratch_.reserve(*this, size, "LoRA factors of the CPU device"), up.factors.dtype, k, out, out};
-  std::fill_n(spread.as<char>(), size, 0);
-  for (int64_t row = 0; row < k; ++row) {
-    const auto [first, count] = up.blocks[static_cast<size_t>(row / rank)];
-    const Matrix from = up.factors.rowRange(row % rank, 1).columns(first, count);
-    std::copy_n(from.as<char>(), static_cast<size_t>(count) * bytes, spread.rowRange(row, 1).columns(first, count).as<char>());
-  }
-  return spread;
-}
-
-// What is added goes to y first: oneDNN then adds the large product before it rounds.
+// What is added goes to y first: oneDNN then adds the large product before it rounds. The factors are spread, so that one product
+// serves all blocks.
 void CpuDevice::libraryLinear(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,
                               const Matrix* residual, const Matrix& y) {
   if (residual) convert(*residual, y);
-  if (down) matmul(Transpose::no, *down, Transpose::no, spreadBlocks(*up), 1.0f, residual != nullptr, y);
+  if (down) {
+    const size_t bytes = static_cast<size_t>(down->cols * w.out) * sizeOf(computeType_);
+    const Matrix spread{factorScratch_.reserve(*this, bytes, "spread LoRA factors"), computeType_, down->cols, w.out, w.out};
+    spreadBlocks(*up, 0, 0, spread);
+    matmul(Transpose::no, *down, Transpose::no, spread, 1.0f, residual != nullptr, y);
+  }
   const bool packed = w.packedForward != nullptr;
   const ProductKey key{x.rows,
                        w.out,

@@ -30,7 +30,7 @@ bool isAsMultiplied(const TypedKernels& kernels, const CpuWeight& w) {
 const float* forwardPanel(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col,
                           int64_t cols, float* panel) {
   if (w.panels) {
-    const int64_t width = ceilDiv(cols, 16) * 16;
+    const int64_t width = roundUp(cols, 16);
     const float* kept = w.panel(col) + (w.dtype == DType::bf16 ? depth / 2 : depth) * width;
     if (isAsMultiplied(kernels, w)) return kept;
     kernels.widenPanel(kept, depths, cols, panel);
@@ -45,7 +45,7 @@ const float* forwardPanel(const TypedKernels& kernels, const CpuWeight& w, int64
 // The panel of dx = dy W, of which the weight's rows are the depth, from panels.
 void turnPanels(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col, int64_t cols,
                 float* panel) {
-  const int64_t width = ceilDiv(cols, 16) * 16;
+  const int64_t width = roundUp(cols, 16);
   for (int64_t done = 0; done < depths; done += panelCols) {
     const int64_t output = depth + done, count = std::min(panelCols, depths - done);
     kernels.turnPanel(w.panel(output), w.dtype, w.steps(), w.panelWidth(output), col, cols, count,
@@ -57,7 +57,7 @@ void turnPanels(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, 
 void packInputGrad(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col, int64_t cols,
                    float* panel) {
   const size_t colBytes = static_cast<size_t>(col) * sizeOf(w.dtype);
-  const int64_t stepFloats = ceilDiv(cols, 16) * 16;
+  const int64_t stepFloats = roundUp(cols, 16);
   const int64_t end = depth + depths;
   int64_t partStart = 0;
   for (const CpuWeight::Rows& part : w.parts) {
@@ -205,18 +205,9 @@ class PanelWorker {
     if (begin + 1 == end && begin->first <= col && begin->first + begin->count >= col + cols) {
       return packMatrixRows(kernels_, up.factors, 0, up.rank(), col, cols, lowRankMemory_);
     }
-    const size_t bytes = sizeOf(up.factors.dtype);
     float* apart = lowRankMemory_ + panelCols * ceilDiv(job_.product.lowRankDepth, kernels_.stepDepth);
     const Matrix blocks{apart, up.factors.dtype, lowRankDepth_, cols, cols};
-    std::fill_n(blocks.as<char>(), static_cast<size_t>(lowRankDepth_ * cols) * bytes, 0);
-    for (auto block = begin; block != end; ++block) {
-      const int64_t first = std::max(block->first, col), count = std::min(block->first + block->count, col + cols) - first;
-      for (int64_t i = 0; i < up.rank(); ++i) {
-        const Matrix from = up.factors.rowRange(i, 1).columns(first, count);
-        const Matrix to = blocks.rowRange((block - begin) * up.rank() + i, 1).columns(first - col, count);
-        std::copy_n(from.as<char>(), static_cast<size_t>(count) * bytes, to.as<char>());
-      }
-    }
+    spreadBlocks(up, begin - up.blocks.begin(), col, blocks);
     packMatrixRows(kernels_, blocks, 0, lowRankDepth_, 0, cols, lowRankMemory_);
   }
 
@@ -244,6 +235,18 @@ void packMatrixRows(const TypedKernels& kernels, const Matrix& m, int64_t first,
   kernels.packRows(data, data + m.stride * bytes, m.dtype, kernels.stepDepth * m.stride, whole, cols, panel);
   if (count % kernels.stepDepth != 0) {
     kernels.packRows(data + (count - 1) * m.stride * bytes, nullptr, m.dtype, 0, 1, cols, panel + whole * roundUp(cols, 16));
+  }
+}
+
+void spreadBlocks(const UpProjection& up, int64_t firstBlock, int64_t col, const Matrix& spread) {
+  const size_t bytes = sizeOf(up.factors.dtype);
+  std::fill_n(spread.as<char>(), static_cast<size_t>(spread.rows * spread.cols) * bytes, 0);
+  for (int64_t row = 0; row < spread.rows; ++row) {
+    const UpProjection::Block& block = up.blocks[static_cast<size_t>(firstBlock + row / up.rank())];
+    const int64_t first = std::max(block.first, col), count = std::min(block.first + block.count, col + spread.cols) - first;
+    const Matrix from = up.factors.rowRange(row % up.rank(), 1).columns(first, count);
+    std::copy_n(from.as<char>(), static_cast<size_t>(count) * bytes,
+                spread.rowRange(row, 1).columns(first - col, count).as<char>());
   }
 }
 

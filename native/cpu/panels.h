@@ -10,6 +10,10 @@ namespace lora_da::cpu {
 void packMatrixRows(const TypedKernels& kernels, const Matrix& m, int64_t first, int64_t count, int64_t col, int64_t cols,
                     float* panel);
 
+// spread [blocks * rank, cols], contiguous = the factors' columns from `col` on, from firstBlock on block below block, zeros
+// elsewhere.
+void spreadBlocks(const UpProjection& up, int64_t firstBlock, int64_t col, const Matrix& spread);
+
 // x [in] = the weights of one output, from a weight's panels.
 void readPanelRow(const CpuWeight& weight, int64_t output, float* x);
 

@@ -161,14 +161,11 @@ void CpuDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix
 // oneDNN 2.6 has only its unoptimized reference loops for results whose rows lie apart.
 void CpuDevice::productIntoSlice(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
                                  const Matrix& c) {
-  const size_t rowBytes = static_cast<size_t>(c.cols) * sizeOf(c.dtype);
-  const Matrix whole{blockScratch_.reserve(*this, static_cast<size_t>(c.rows) * rowBytes, "a slice of a product"), c.dtype,
-                     c.rows, c.cols, c.cols};
-  for (int64_t i = 0; accumulate && i < c.rows; ++i) {
-    std::copy_n(c.rowRange(i, 1).as<char>(), rowBytes, whole.rowRange(i, 1).as<char>());
-  }
+  const size_t bytes = static_cast<size_t>(c.rows * c.cols) * sizeOf(c.dtype);
+  const Matrix whole{sliceScratch_.reserve(*this, bytes, "a slice of a product"), c.dtype, c.rows, c.cols, c.cols};
+  if (accumulate) convert(c, whole);
   matmul(ta, a, tb, b, alpha, accumulate, whole);
-  for (int64_t i = 0; i < c.rows; ++i) std::copy_n(whole.rowRange(i, 1).as<char>(), rowBytes, c.rowRange(i, 1).as<char>());
+  convert(whole, c);
 }
 
 }  // namespace lora_da::cpu

@@ -3,31 +3,12 @@
 #include <algorithm>
 #include <string>
 
+#include "model/arena.h"
 #include "model/step_buffers.h"
 
 namespace lora_da {
 
 namespace {
-
-// Where the sums of one layer lie in its block.
-class Places {
- public:
-  size_t take(int64_t count, size_t elementBytes) {
-    constexpr size_t alignment = 256;
-    const size_t place = used_;
-    used_ += (static_cast<size_t>(count) * elementBytes + alignment - 1) / alignment * alignment;
-    return place;
-  }
-  size_t used() const { return used_; }
-
- private:
-  size_t used_ = 0;
-};
-
-// A part of a block, which lives as long as one of its parts.
-Buffer partOf(const std::shared_ptr<Buffer>& block, size_t place) {
-  return Buffer(static_cast<char*>(block->get()) + place, [block](void*) {});
-}
 
 double meanFactor(int64_t count) {
   return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
@@ -43,30 +24,28 @@ Statistics::Statistics(Device& device, const std::vector<const Projection*>& pro
 
 // One block for a layer: it is cleared at once, and large enough for the pages that a device has for large ones.
 void Statistics::allocateLayer(size_t first, const std::vector<bool>& wanted, InitializerNeeds needs) {
-  struct Place {
-    size_t group, gradient, inputMoment, outputFactor;
+  const auto arena = std::make_shared<Arena>();  // lives as long as one of its parts
+  const auto layout = [&] {
+    const auto part = [&](bool needed, int64_t count, size_t elementBytes) {
+      if (!needed) return Buffer();
+      return Buffer(arena->take(static_cast<size_t>(count) * elementBytes), [arena](void*) {});
+    };
+    for (size_t i = first; i < std::min(first + groupsPerLayer, projections_.size()); ++i) {
+      if (!wanted[i]) continue;
+      const Projection& group = *projections_[i];
+      sums_[i].gradient = part(needs.gradient, group.out * group.in, sizeof(float));
+      sums_[i].inputMoment = part(needs.inputMoment, group.in * group.in, sizeof(double));
+      sums_[i].outputFactor = part(needs.outputFactor, group.out, sizeof(double));
+    }
   };
-  Places places;
-  std::vector<Place> layer;
-  for (size_t i = first; i < std::min(first + groupsPerLayer, projections_.size()); ++i) {
-    if (!wanted[i]) continue;
-    const Projection& group = *projections_[i];
-    Place place{i, 0, 0, 0};
-    if (needs.gradient) place.gradient = places.take(group.out * group.in, sizeof(float));
-    if (needs.inputMoment) place.inputMoment = places.take(group.in * group.in, sizeof(double));
-    if (needs.outputFactor) place.outputFactor = places.take(group.out, sizeof(double));
-    layer.push_back(place);
-  }
-  if (places.used() == 0) return;
-  const std::string purpose = "statistics of the layer of " + projections_[first]->parts.front().module;
-  const auto block = std::make_shared<Buffer>(device_.allocate(places.used(), purpose));
-  device_.zero(block->get(), places.used());
-  for (const Place& place : layer) {
-    Sums& sums = sums_[place.group];
-    if (needs.gradient) sums.gradient = partOf(block, place.gradient);
-    if (needs.inputMoment) sums.inputMoment = partOf(block, place.inputMoment);
-    if (needs.outputFactor) sums.outputFactor = partOf(block, place.outputFactor);
-  }
+  layout();
+  const size_t bytes = arena->used();
+  if (bytes == 0) return;
+  arena->reserve(device_, bytes, "statistics of the layer of " + projections_[first]->parts.front().module);
+  arena->rewind();
+  device_.zero(arena->take(bytes), bytes);
+  arena->rewind();
+  layout();
 }
 
 void Statistics::beginBatch(const PackedBatch& batch) {

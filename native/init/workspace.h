@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "core/dense_view.h"
 #include "core/device.h"
 
 namespace lora_da {
@@ -37,11 +38,6 @@ class DeviceArray {
   Buffer buffer_;
   int64_t count_ = 0;
 };
-
-// A whole device array as a view for Device::matmul.
-inline Matrix denseView(const double* data, int64_t rows, int64_t cols) {
-  return {const_cast<double*>(data), DType::f64, rows, cols, cols};
-}
 
 // One per run of an initialization.
 struct InitializationWorkspace {
