@@ -37,10 +37,9 @@ class CpuDevice : public Device {
   void zero(void* device, size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override {}
-  size_t workspaceBytes(int64_t labelRows,
-                        int64_t vocabulary) const override;                 // head_loss.cpp: the head's chunk is the largest user
-  size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;  // second_moment.cpp
-  size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;      // dense.cpp
+  size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override;  // head_loss.cpp: the head is the largest user
+  size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;      // second_moment.cpp
+  size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;          // dense.cpp
   DeviceMemory memory() const override;
 
   // weights.cpp
@@ -121,16 +120,26 @@ class CpuDevice : public Device {
   // matmul of float64 (dense.cpp).
   void denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c);
   void blasSecondMoment(const Matrix& x, const Matrix& z);
-  int64_t headChunkRows(int64_t rows, int64_t vocabulary) const;
+  // head_loss.cpp
+  void headLossByTiles(const Matrix& x, const CpuWeight& head, const int32_t* targets, const float* rowScale, float* losses,
+                       const Matrix* dx);
+  void headLossByRows(const Matrix& x, const CpuWeight& head, const int32_t* targets, const float* rowScale, float* losses,
+                      const Matrix* dx);
   // Own products with panels of weights, or oneDNN's.
   bool hasPanels() const;
   // weights.cpp
   void copyRows(const std::vector<HostTensor>& parts, CpuWeight& weight);
   void copyToPanels(const std::vector<HostTensor>& parts, bool asTheyLie, CpuWeight& weight);
   void packForLibrary(const std::vector<HostTensor>& parts, WeightUses uses, CpuWeight& weight);
+  // x [in] = the weights of one output.
+  void readWeightRow(const CpuWeight& weight, int64_t output, float* x) const;
   // linear.cpp
   float* panelScratch(size_t threadFloats);
   void runPanelJob(const PanelJob& job);
+  // The products with outputs [firstOutput, firstOutput + y.cols) of the weight only, or dy.cols of them; firstOutput is a
+  // multiple of panelCols. dx is float32.
+  void linearPart(const Matrix& x, const CpuWeight& w, int64_t firstOutput, const Matrix& y);
+  void linearInputGradPart(const Matrix& dy, const CpuWeight& w, int64_t firstOutput, bool accumulate, const Matrix& dx);
   void linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,
                  const Matrix* residual, const Matrix& y);
   void thinProduct(const Matrix& a, const Matrix& b, float alpha, const Matrix& c);

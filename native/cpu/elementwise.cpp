@@ -6,7 +6,6 @@
 #include "core/error.h"
 #include "cpu/cpu_device.h"
 #include "cpu/cpu_weight.h"
-#include "cpu/panels.h"
 
 namespace lora_da::cpu {
 
@@ -59,14 +58,9 @@ void CpuDevice::embed(const int32_t* ids, const Weight& table, float scale, cons
   if (!weight.panels && weight.parts.size() != 1) {
     throw Error(code::internal, "embed needs a weight that was prepared for lookup");
   }
-  const auto toFloat = of(kernels_, weight.dtype).toFloat;
   const auto scaleRow = kernels_.scaleRow;
   overRows(x.rows, threads_, [&](int64_t i) {
-    if (weight.panels) {
-      readPanelRow(weight, ids[i], floatRow(x, i));
-    } else {
-      toFloat(weight.row(ids[i]), floatRow(x, i), x.cols);
-    }
+    readWeightRow(weight, ids[i], floatRow(x, i));
     if (scale != 1.0f) scaleRow(scale, floatRow(x, i), x.cols);
   });
 }

@@ -66,6 +66,20 @@ void CpuDevice::linearInputGrad(const Matrix& dy, const Weight& weight, const Ma
                downGrad ? a : nullptr});
 }
 
+void CpuDevice::linearPart(const Matrix& x, const CpuWeight& w, int64_t firstOutput, const Matrix& y) {
+  PanelJob job{w, PanelJob::Side::forward, productOf(x, nullptr, y), y.cols, sizeOf(x.dtype), sizeOf(y.dtype)};
+  job.firstOutput = firstOutput;
+  runPanelJob(job);
+}
+
+void CpuDevice::linearInputGradPart(const Matrix& dy, const CpuWeight& w, int64_t firstOutput, bool accumulate,
+                                    const Matrix& dx) {
+  PanelJob job{w, PanelJob::Side::inputGrad, productOf(dy, nullptr, dx), w.in, sizeOf(dy.dtype), sizeOf(dx.dtype)};
+  job.product.accumulate = accumulate;
+  job.firstOutput = firstOutput;
+  runPanelJob(job);
+}
+
 void CpuDevice::runPanelJob(const PanelJob& job) {
   runPanels(typed(), job, threads_, panelScratch(panelFloats(typed(), job)));
 }

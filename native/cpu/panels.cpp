@@ -18,9 +18,6 @@ constexpr int64_t depthBlock = 85 * panelCols;
 // next.
 constexpr int64_t rowBlockBytes = 384 << 10;
 
-// Results of this size, such as the logits, are gone from the caches before they are read.
-constexpr int64_t cacheBytes = 32 << 20;
-
 // Whether the weight's own panels are what the kernels multiply with.
 bool isAsMultiplied(const TypedKernels& kernels, const CpuWeight& w) {
   return w.panels && (w.dtype == DType::bf16) == (kernels.stepDepth == 2);
@@ -126,22 +123,11 @@ Cuts cutByRows(int64_t panels, int64_t rows, int64_t rowBytes) {
   return cuts;
 }
 
-bool passesCaches(const PanelProduct& p, int64_t cols) {
-  constexpr int64_t line = 64, lineFloats = line / static_cast<int64_t>(sizeof(float));
-  const bool aligned = reinterpret_cast<uintptr_t>(p.y) % line == 0 && p.yStride % lineFloats == 0;
-  return p.floatOutput && aligned && !p.accumulate && p.depth <= depthBlock &&
-         p.rows * cols * static_cast<int64_t>(sizeof(float)) > cacheBytes;
-}
-
 // What one thread makes of a part of the job: one panel, over some of the depth, with some of the rows.
 class PanelWorker {
  public:
   PanelWorker(const TypedKernels& kernels, const PanelJob& job, float* memory)
-      : kernels_(kernels),
-        job_(job),
-        lowRankMemory_(memory),
-        memory_(memory + lowRankFloats(kernels, job)),
-        pastCaches_(passesCaches(job.product, job.cols)) {}
+      : kernels_(kernels), job_(job), lowRankMemory_(memory), memory_(memory + lowRankFloats(kernels, job)) {}
 
   // A panel of the LoRA term, and the same before it is laid out.
   static size_t lowRankFloats(const TypedKernels& kernels, const PanelJob& job) {
@@ -170,20 +156,20 @@ class PanelWorker {
     p.depth = depths;
     p.rows = unit.rows;
     p.cols = cols;
-    p.pastCaches = pastCaches_;
     kernels_.multiplyPanel(p);
   }
 
  private:
   void layOut(int64_t depth, int64_t depths, int64_t col, int64_t cols, bool last) {
     const CpuWeight& weight = job_.weight;
+    const int64_t output = job_.firstOutput;
     laid_ = memory_;
     if (job_.side == PanelJob::Side::forward) {
-      laid_ = forwardPanel(kernels_, weight, depth, depths, col, cols, memory_);
+      laid_ = forwardPanel(kernels_, weight, depth, depths, output + col, cols, memory_);
     } else if (weight.panels) {
-      turnPanels(kernels_, weight, depth, depths, col, cols, memory_);
+      turnPanels(kernels_, weight, output + depth, depths, col, cols, memory_);
     } else {
-      packInputGrad(kernels_, weight, depth, depths, col, cols, memory_);
+      packInputGrad(kernels_, weight, output + depth, depths, col, cols, memory_);
     }
     lowRankFirst_ = lowRankDepth_ = 0;
     if (last && job_.up) layOutUp(*job_.up, col, cols);
@@ -215,7 +201,6 @@ class PanelWorker {
   const PanelJob& job_;
   float* lowRankMemory_;
   float* memory_;
-  const bool pastCaches_;
   const float* laid_ = nullptr;
   int64_t panel_ = -1, depth_ = -1;              // what laid_ is
   int64_t lowRankFirst_ = 0, lowRankDepth_ = 0;  // columns of the left factor that the LoRA term's panel is for
@@ -247,20 +232,6 @@ void spreadBlocks(const UpProjection& up, int64_t firstBlock, int64_t col, const
     const Matrix from = up.factors.rowRange(row % up.rank(), 1).columns(first, count);
     std::copy_n(from.as<char>(), static_cast<size_t>(count) * bytes,
                 spread.rowRange(row, 1).columns(first - col, count).as<char>());
-  }
-}
-
-void readPanelRow(const CpuWeight& weight, int64_t output, float* x) {
-  const int64_t width = roundUp(weight.panelWidth(output), 16), steps = weight.steps();
-  const float* column = weight.panel(output) + output % panelCols;
-  if (weight.dtype == DType::f32) {
-    for (int64_t step = 0; step < steps; ++step) x[step] = column[step * width];
-    return;
-  }
-  for (int64_t i = 0; i < weight.in; ++i) {
-    uint16_t pair[2];
-    std::memcpy(pair, column + i / 2 * width, sizeof pair);
-    x[i] = bf16ToFloat(pair[i % 2]);
   }
 }
 

@@ -14,9 +14,6 @@ void packMatrixRows(const TypedKernels& kernels, const Matrix& m, int64_t first,
 // elsewhere.
 void spreadBlocks(const UpProjection& up, int64_t firstBlock, int64_t col, const Matrix& spread);
 
-// x [in] = the weights of one output, from a weight's panels.
-void readPanelRow(const CpuWeight& weight, int64_t output, float* x);
-
 // A product with a frozen weight, forward (y = x W^T) or of its input gradient (dx = dy W).
 struct PanelJob {
   enum class Side { forward, inputGrad };
@@ -28,6 +25,7 @@ struct PanelJob {
   size_t inputBytes = 0, outputBytes = 0;
   const UpProjection* up = nullptr;  // of a LoRA term, forward
   const Matrix* a = nullptr;         // of one of the input gradient
+  int64_t firstOutput = 0;           // of the weight, a multiple of panelCols; `cols`, or the depth, says how many take part
 };
 
 // Floats of memory that each thread needs.

@@ -1,8 +1,10 @@
 // Frozen weights: from a checkpoint's tensors to what products read.
 #include <algorithm>
+#include <cstring>
 
 #include "core/cpu_info.h"
 #include "core/file_tensor.h"
+#include "core/integers.h"
 #include "cpu/cpu_device.h"
 #include "cpu/cpu_weight.h"
 #include "cpu/products.h"
@@ -44,6 +46,21 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
   }
   if (!hasPanels()) packForLibrary(parts, uses, *weight);
   return weight;
+}
+
+void CpuDevice::readWeightRow(const CpuWeight& weight, int64_t output, float* x) const {
+  if (!weight.panels) return typed(weight.dtype).toFloat(weight.row(output), x, weight.in);
+  const int64_t width = roundUp(weight.panelWidth(output), 16), steps = weight.steps();
+  const float* column = weight.panel(output) + output % panelCols;
+  if (weight.dtype == DType::f32) {
+    for (int64_t step = 0; step < steps; ++step) x[step] = column[step * width];
+    return;
+  }
+  for (int64_t i = 0; i < weight.in; ++i) {
+    uint16_t pair[2];
+    std::memcpy(pair, column + i / 2 * width, sizeof pair);
+    x[i] = bf16ToFloat(pair[i % 2]);
+  }
 }
 
 void CpuDevice::copyRows(const std::vector<HostTensor>& parts, CpuWeight& weight) {

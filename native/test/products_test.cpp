@@ -130,7 +130,6 @@ DEVICE_TEST_CASE(
   }
 }
 
-// Logits and the like, which a device may send past its caches.
 DEVICE_TEST_CASE("a product too large for a cache") {
   if (smallCasesOnly()) return;
   const uint64_t seed = freshSeed();
@@ -272,63 +271,79 @@ DEVICE_TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum
   }
 }
 
+namespace {
+
+// Cross-entropies, their gradient and their sum beside a plain computation in double.
+void checkHeadLoss(Device& device, DType type, std::mt19937_64& random, int64_t rows, int64_t hidden, int64_t vocabulary) {
+  CAPTURE(nameOf(type));
+  CAPTURE(vocabulary);
+  TestMatrix x(device, type, rows, hidden), head(device, type, vocabulary, hidden), dx(device, DType::f32, rows, hidden);
+  x.randomize(random);
+  head.randomize(random, 2.5 / std::sqrt(static_cast<double>(hidden)));  // logits of one size
+  const auto weight = device.prepare({hostTensor(head, "head")}, {true, true, false});
+  DeviceVector<int32_t> targets(device, static_cast<size_t>(rows));
+  DeviceVector<float> scale(device, targets.size());
+  const DeviceVector<float> losses(device, targets.size());
+  for (size_t i = 0; i < targets.size(); ++i) {
+    targets.edit()[i] = static_cast<int32_t>(random() % static_cast<uint64_t>(vocabulary));
+    scale.edit()[i] = static_cast<float>(i % 3) * 0.25f;
+  }
+  const Matrix dxView = dx.view();
+  device.headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), &dxView);
+
+  std::vector<double> gradient(static_cast<size_t>(rows * hidden), 0.0);
+  double worst = 0, total = 0;
+  for (int64_t t = 0; t < rows; ++t) {
+    std::vector<double> logits;
+    double largest = -1e300, sum = 0;
+    for (int64_t v = 0; v < vocabulary; ++v) {
+      logits.push_back(dot(x, t, false, head, v, true, hidden));
+      largest = std::max(largest, logits.back());
+    }
+    for (const double logit : logits) sum += std::exp(logit - largest);
+    const auto row = static_cast<size_t>(t);
+    const double loss = largest + std::log(sum) - logits[static_cast<size_t>(targets[row])];
+    worst = std::max(worst, std::abs(loss - static_cast<double>(losses[row])) / std::max(1.0, loss));
+    total += loss * static_cast<double>(scale[row]);
+    for (int64_t v = 0; v < vocabulary; ++v) {
+      const double d = static_cast<double>(scale[row]) *
+                       (std::exp(logits[static_cast<size_t>(v)] - largest) / sum - (v == targets[row] ? 1.0 : 0.0));
+      for (int64_t h = 0; h < hidden; ++h) gradient[static_cast<size_t>(t * hidden + h)] += d * head.exactAt(v, h);
+    }
+  }
+  CHECK(worst < 1e-5);
+  CHECK(relativeError(dx, [&](int64_t t, int64_t h) { return gradient[static_cast<size_t>(t * hidden + h)]; }) < tolerance(type));
+  const DeviceVector<double> sum(device, {1.5});
+  device.sumLosses(losses.data(), scale.data(), rows, sum.data());
+  CHECK(sum[0] == doctest::Approx(total + 1.5).epsilon(1e-5));
+
+  const std::vector<float> withGradient = losses.host();
+  const std::vector<unsigned char> gradientBits = dx.bits();
+  device.headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), nullptr);
+  CHECK(relativeDifference(losses.host(), withGradient) < 1e-6);
+  device.headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), &dxView);
+  CHECK(losses.host() == withGradient);
+  CHECK(dx.bits() == gradientBits);
+}
+
+}  // namespace
+
 DEVICE_TEST_CASE("headLoss gives cross-entropies and their gradient over several chunks") {
   const uint64_t seed = freshSeed();
   CAPTURE(seed);
   std::mt19937_64 random(seed);
-  const int64_t rows = 192, hidden = 24, vocabulary = 157;
   for (const DType type : {DType::f32, DType::bf16}) {
-    CAPTURE(nameOf(type));
     const auto device = tested.make(type);
-    TestMatrix x(*device, type, rows, hidden), head(*device, type, vocabulary, hidden), dx(*device, DType::f32, rows, hidden);
-    x.randomize(random);
-    head.randomize(random, 0.5);
-    const auto weight = device->prepare({hostTensor(head, "head")}, {true, true, false});
-    DeviceVector<int32_t> targets(*device, static_cast<size_t>(rows));
-    DeviceVector<float> scale(*device, targets.size());
-    const DeviceVector<float> losses(*device, targets.size());
-    for (size_t i = 0; i < targets.size(); ++i) {
-      targets.edit()[i] = static_cast<int32_t>(random() % static_cast<uint64_t>(vocabulary));
-      scale.edit()[i] = static_cast<float>(i % 3) * 0.25f;
-    }
-    const Matrix dxView = dx.view();
-    device->headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), &dxView);
-
-    std::vector<double> gradient(static_cast<size_t>(rows * hidden), 0.0);
-    double worst = 0, total = 0;
-    for (int64_t t = 0; t < rows; ++t) {
-      std::vector<double> logits;
-      double largest = -1e300, sum = 0;
-      for (int64_t v = 0; v < vocabulary; ++v) {
-        logits.push_back(dot(x, t, false, head, v, true, hidden));
-        largest = std::max(largest, logits.back());
-      }
-      for (const double logit : logits) sum += std::exp(logit - largest);
-      const auto row = static_cast<size_t>(t);
-      const double loss = largest + std::log(sum) - logits[static_cast<size_t>(targets[row])];
-      worst = std::max(worst, std::abs(loss - static_cast<double>(losses[row])) / std::max(1.0, loss));
-      total += loss * static_cast<double>(scale[row]);
-      for (int64_t v = 0; v < vocabulary; ++v) {
-        const double d = static_cast<double>(scale[row]) *
-                         (std::exp(logits[static_cast<size_t>(v)] - largest) / sum - (v == targets[row] ? 1.0 : 0.0));
-        for (int64_t h = 0; h < hidden; ++h) gradient[static_cast<size_t>(t * hidden + h)] += d * head.exactAt(v, h);
-      }
-    }
-    CHECK(worst < 1e-5);
-    CHECK(relativeError(dx, [&](int64_t t, int64_t h) { return gradient[static_cast<size_t>(t * hidden + h)]; }) <
-          tolerance(type));
-    const DeviceVector<double> sum(*device, {1.5});
-    device->sumLosses(losses.data(), scale.data(), rows, sum.data());
-    CHECK(sum[0] == doctest::Approx(total + 1.5).epsilon(1e-5));
-
-    const std::vector<float> withGradient = losses.host();
-    const std::vector<unsigned char> gradientBits = dx.bits();
-    device->headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), nullptr);
-    CHECK(relativeDifference(losses.host(), withGradient) < 1e-6);
-    device->headLoss(x.view(), *weight, targets.data(), scale.data(), losses.data(), &dxView);
-    CHECK(losses.host() == withGradient);
-    CHECK(dx.bits() == gradientBits);
+    checkHeadLoss(*device, type, random, 192, 24, 157);
+    checkHeadLoss(*device, type, random, 70, 9, 8301);  // tiles of the vocabulary, the last one narrow
   }
+}
+
+TEST_CASE("headLoss with more rows than one block" * cpuOnly("blocks of rows are the CPU device's")) {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  std::mt19937_64 random(seed);
+  checkHeadLoss(*cpuDevice(DType::f32), DType::f32, random, 270, 4096, 41);
 }
 
 DEVICE_TEST_CASE("a NaN in a row makes its loss and its gradient NaN, and no other row's") {

@@ -66,7 +66,6 @@ struct PanelProduct {
   void* y = nullptr;
   int64_t yStride = 0;
   bool floatOutput = true;
-  bool pastCaches = false;  // y, float32, rows aligned to 64 bytes, is too large to stay in a cache and goes to memory directly
 };
 
 // c [leftCols, cols] += left^T b over the rows of b [rows, cols]; left laid out by packRows as [steps][leftStride].
@@ -80,6 +79,14 @@ struct OuterSum {
   int64_t cols = 0;
   float* c = nullptr;
   int64_t cStride = 0;
+};
+
+// A row's softmax over the vocabulary, taken part by part, the target apart from all others: what is left of a nearly certain
+// target would be lost in a sum with it. Sums are relative to the largest logit so far.
+struct RunningSoftmax {
+  float largest = -1e30f;  // "none yet": finite, so that no difference is NaN
+  float targetLogit = 0;
+  double sum = 0;  // of the others' exponentials
 };
 
 // Columns of a panel of a second moment: three vectors of doubles.
@@ -106,6 +113,10 @@ struct TypedKernels {
   // logits [vocabulary] of one row -> its loss; with dlogits (compute type; null: none; may be where the logits are) = scale *
   // (softmax - onehot(target)).
   float (*crossEntropy)(const float* logits, int32_t target, float scale, void* dlogits, int64_t vocabulary);
+  // Takes in `count` logits, which are overwritten; `target` is the target's place among them, or outside of [0, count).
+  // exponentials (compute type; null: not wanted; may be where the logits are) = e^(logit - largest), 0 for the target. Returns
+  // the factor, at most 1, by which what earlier parts' exponentials went into has to be scaled.
+  double (*addToSoftmax)(float* logits, int64_t count, int64_t target, RunningSoftmax& row, void* exponentials);
   // See attention_forward.cpp. out and lse (query heads are neighbours) of the group's queries = ; `scratch` has
   // attentionScratch() floats.
   void (*attentionGroup)(const AttentionGroup& group, void* out, int64_t outStride, float* lse, int64_t lseStride,

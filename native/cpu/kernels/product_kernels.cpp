@@ -43,9 +43,6 @@ KERNEL_INLINE void finish(const PanelProduct& p, Vec value, int64_t row, int64_t
   value *= p.scale;
   if (p.bias) value += load(p.bias + col, part);
   if (p.residual) value += load(p.residual + row * p.residualStride + col, part);
-  if constexpr (__is_same(Y, float) && __is_same(P, Whole)) {
-    if (p.pastCaches) return _mm512_stream_ps(static_cast<float*>(p.y) + row * p.yStride + col, value);
-  }
   store(static_cast<Y*>(p.y) + row * p.yStride + col, value, part);
 }
 
@@ -113,7 +110,6 @@ void multiplyPanel(const PanelProduct& p) {
     case 2: multiplyRows<T, 2>(p); break;
     default: multiplyRows<T, 3>(p);
   }
-  if (p.pastCaches) _mm_sfence();  // other threads read y next
 }
 
 // --- sums over rows: c += a^T b, for gradients of thin factors ---

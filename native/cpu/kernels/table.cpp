@@ -8,6 +8,7 @@ void fillAttention(Kernels& table);
 void fillPanels(Kernels& table);
 void fillProducts(Kernels& table);
 void fillMoments(Kernels& table);
+void fillSoftmax(Kernels& table);
 
 void fillKernels(Kernels& table) {
   fillElementwise(table);
@@ -15,6 +16,7 @@ void fillKernels(Kernels& table) {
   fillPanels(table);
   fillProducts(table);
   fillMoments(table);
+  fillSoftmax(table);
 }
 
 }  // namespace lora_da::cpu::KERNEL_ISA
