@@ -337,7 +337,7 @@ class Roofline {
     const Matrix gradient = matrix(DType::f32, 3 * h, h), moment = matrix(DType::f64, h, h);
     auto* sums = array<double>(3 * h);
     measure({"matmul, G += dy^T x", [&](Device& d) { d.matmul(Transpose::yes, dy, Transpose::no, x, 1, true, gradient); }, {}});
-    measure({"secondMoment", [&](Device& d) { d.secondMoment(x, moment); }, {}, true});
+    measure({"secondMoment", [&](Device& d) { d.secondMoment(x, MomentSum::grouped, moment); }, {}, true});
     measure({"squareSum", [&](Device& d) { d.squareSum(dy, sums); }, {}});
     release();
   }

@@ -137,6 +137,12 @@ struct AdamWStep {
 
 enum class Transpose { no, yes };
 
+// How a second moment is summed over rows: in float64 throughout; or, where x is bfloat16, so that float32 holds its products
+// exactly, up to momentGroupRows rows at a time in float32, and those sums in float64. A device may take the first for the
+// second.
+enum class MomentSum { exact, grouped };
+inline constexpr int64_t momentGroupRows = 64;
+
 // Bytes of the memory that the device works in.
 struct DeviceMemory {
   size_t held = 0;  // by this process
@@ -197,7 +203,7 @@ class Device {
                       const Matrix& c) = 0;
   // Z [in, in] float64 += x^T x over the rows of x [rows, in]; only the lower triangle (j <= i) counts,
   // what lies above it is undefined afterwards.
-  virtual void secondMoment(const Matrix& x, const Matrix& z) = 0;
+  virtual void secondMoment(const Matrix& x, MomentSum sum, const Matrix& z) = 0;
   // sums [cols] float64 += column sums of x^2.
   virtual void squareSum(const Matrix& x, double* sums) = 0;
 

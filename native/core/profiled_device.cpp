@@ -133,9 +133,9 @@ void ProfiledDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const M
   timed(matmulName(ta, a, tb, b, c), work, [&] { device_->matmul(ta, a, tb, b, alpha, accumulate, c); });
 }
 
-void ProfiledDevice::secondMoment(const Matrix& x, const Matrix& z) {
+void ProfiledDevice::secondMoment(const Matrix& x, MomentSum sum, const Matrix& z) {
   const Work work{product(x.rows, x.cols, x.cols) / 2, bytesOf(x) + bytesOf(z)};
-  timed("secondMoment " + std::to_string(x.cols), work, [&] { device_->secondMoment(x, z); });
+  timed("secondMoment " + std::to_string(x.cols), work, [&] { device_->secondMoment(x, sum, z); });
 }
 
 void ProfiledDevice::squareSum(const Matrix& x, double* sums) {

@@ -55,7 +55,7 @@ class CpuDevice : public Device {
               const Matrix& c) override;
 
   // second_moment.cpp
-  void secondMoment(const Matrix& x, const Matrix& z) override;
+  void secondMoment(const Matrix& x, MomentSum sum, const Matrix& z) override;
 
   // elementwise.cpp
   void squareSum(const Matrix& x, double* sums) override;
@@ -119,6 +119,12 @@ class CpuDevice : public Device {
                         const Matrix& c);
   // matmul of float64 (dense.cpp).
   void denseProduct(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate, const Matrix& c);
+  // second_moment.cpp
+  void exactSecondMoment(const Matrix& x, const Matrix& z);
+  void groupedSecondMoment(const Matrix& x, const Matrix& z);
+  // x with its massive rows behind the `ordinary` others, or x itself where it has none.
+  Matrix massiveRowsLast(const Matrix& x, int64_t& ordinary);
+  void addRowGroups(const Matrix& x, const Matrix& z);
   void blasSecondMoment(const Matrix& x, const Matrix& z);
   // head_loss.cpp
   void headLossByTiles(const Matrix& x, const CpuWeight& head, const int32_t* targets, const float* rowScale, float* losses,
@@ -160,6 +166,7 @@ class CpuDevice : public Device {
   Scratch scratch_;
   Scratch productScratch_;  // apart from scratch_, which callers may hold across a product
   Scratch panelScratch_;
+  Scratch momentScratch_;                 // apart from scratch_, whose user adds the rows
   Scratch factorScratch_, sliceScratch_;  // apart: a product of spread factors may be a slice
 };
 

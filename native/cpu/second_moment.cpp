@@ -1,9 +1,14 @@
-// Z += x^T x in float64, half of the products: tiles of the lower triangle on own kernels, or BLAS' rank-k update.
+// Z += x^T x, half of the products: tiles of the lower triangle on own kernels, or BLAS' rank-k update in float64.
 #include <cblas.h>
+#include <omp.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
+#include "core/integers.h"
 #include "cpu/cpu_device.h"
+#include "cpu/panels.h"
 
 namespace lora_da::cpu {
 
@@ -12,21 +17,104 @@ namespace {
 // Two panels of so many rows stay in the second-level cache, all panels of usual widths in the third.
 constexpr int64_t blockRows = 512;
 
-int64_t panelsOf(int64_t cols) {
-  return (cols + momentPanelCols - 1) / momentPanelCols;
+// A row whose square is so many times the median's is massive, as a few tokens of real models are: in directions of a channel
+// that it does not have, the rounding of a float32 sum with it would hide what all others have there. Such rows are added
+// exactly.
+constexpr double massiveRatio = 16;
+
+// Memory for telling them apart: each row's square, twice; the rows in another order; a row in float32 for each thread.
+struct MassiveRows {
+  size_t rowBytes, squareBytes, copyBytes;
+  int64_t rowFloats;
+
+  MassiveRows(int64_t rows, int64_t cols, DType type)
+      : rowBytes(static_cast<size_t>(cols) * sizeOf(type)),
+        squareBytes(static_cast<size_t>(roundUp(2 * rows * static_cast<int64_t>(sizeof(double)), 64))),
+        copyBytes(static_cast<size_t>(roundUp(static_cast<int64_t>(rowBytes) * rows, 64))),
+        rowFloats(roundUp(cols, 16)) {}
+  size_t bytes(int threads) const { return squareBytes + copyBytes + static_cast<size_t>(rowFloats * threads) * sizeof(float); }
+};
+
+// body(i) for the rows of tiles of a lower triangle, to be called by all threads: the longest first, so that threads end
+// together. Each row is one thread's: the order of a sum is fixed.
+template <class Body>
+void overTileRows(int64_t panels, const Body& body) {
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = panels - 1; i >= 0; --i) body(i);
 }
 
 }  // namespace
 
 size_t CpuDevice::momentWorkspaceBytes(int64_t rows, int64_t width) const {
-  const int64_t doubles = kernels_.addMoment ? panelsOf(width) * blockRows * momentPanelCols : rows * width;
-  return static_cast<size_t>(doubles) * sizeof(double);
+  const int64_t doubles = kernels_.addMoment ? roundUp(width, momentPanelCols) * blockRows : rows * width;
+  return static_cast<size_t>(doubles) * sizeof(double) + MassiveRows(rows, width, DType::bf16).bytes(threads_);
 }
 
-void CpuDevice::secondMoment(const Matrix& x, const Matrix& z) {
-  if (!kernels_.addMoment) return blasSecondMoment(x, z);
+void CpuDevice::secondMoment(const Matrix& x, MomentSum sum, const Matrix& z) {
+  if (sum == MomentSum::grouped && x.dtype == DType::bf16 && kernels_.addGroupedMoment) return groupedSecondMoment(x, z);
+  if (kernels_.addMoment) return exactSecondMoment(x, z);
+  blasSecondMoment(x, z);
+}
+
+void CpuDevice::groupedSecondMoment(const Matrix& x, const Matrix& z) {
+  int64_t ordinary = 0;
+  const Matrix rows = massiveRowsLast(x, ordinary);
+  addRowGroups(rows.rowRange(0, ordinary), z);
+  exactSecondMoment(rows.rowRange(ordinary, x.rows - ordinary), z);
+}
+
+Matrix CpuDevice::massiveRowsLast(const Matrix& x, int64_t& ordinary) {
+  const TypedKernels& kernels = typed(x.dtype);
+  const MassiveRows layout(x.rows, x.cols, x.dtype);
+  char* memory = static_cast<char*>(momentScratch_.reserve(*this, layout.bytes(threads_), "rows of a second moment"));
+  double* squares = reinterpret_cast<double*>(memory);
+  double* sorted = squares + x.rows;
+  float* wide = reinterpret_cast<float*>(memory + layout.squareBytes + layout.copyBytes);
+#pragma omp parallel for num_threads(threads_) schedule(static)
+  for (int64_t i = 0; i < x.rows; ++i) {
+    float* row = wide + omp_get_thread_num() * layout.rowFloats;
+    kernels.toFloat(x.rowRange(i, 1).data, row, x.cols);
+    const double square = kernels_.squaredNorm(row, x.cols);
+    squares[i] = sorted[i] = std::isnan(square) ? std::numeric_limits<double>::infinity() : square;
+  }
+  double* median = sorted + x.rows / 2;
+  std::nth_element(sorted, median, sorted + x.rows);
+  const double most = massiveRatio * *median;
+  ordinary = std::count_if(squares, squares + x.rows, [&](double square) { return square <= most; });
+  if (ordinary == x.rows) return x;
+  const Matrix ordered{memory + layout.squareBytes, x.dtype, x.rows, x.cols, x.cols};
+  int64_t nextOrdinary = 0, nextMassive = ordinary;
+  for (int64_t i = 0; i < x.rows; ++i) {
+    const int64_t place = squares[i] <= most ? nextOrdinary++ : nextMassive++;
+    std::copy_n(x.rowRange(i, 1).as<char>(), layout.rowBytes, ordered.rowRange(place, 1).as<char>());
+  }
+  return ordered;
+}
+
+void CpuDevice::addRowGroups(const Matrix& x, const Matrix& z) {
+  const TypedKernels& kernels = typed(x.dtype);
+  const int64_t panels = ceilDiv(x.cols, panelCols), panelFloats = blockRows / kernels.stepDepth * panelCols;
+  auto* memory = static_cast<float*>(scratch(static_cast<size_t>(panels * panelFloats) * sizeof(float)));
+  const auto colsOf = [&](int64_t panel) { return std::min(panelCols, x.cols - panel * panelCols); };
+#pragma omp parallel num_threads(threads_)
+  for (int64_t first = 0; first < x.rows; first += blockRows) {
+    const int64_t rows = std::min(blockRows, x.rows - first);
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      packMatrixRows(kernels, x, first, rows, panel * panelCols, colsOf(panel), memory + panel * panelFloats);
+    }
+    overTileRows(panels, [&](int64_t i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        double* tile = z.as<double>() + i * panelCols * z.stride + j * panelCols;
+        kernels_.addGroupedMoment(memory + i * panelFloats, memory + j * panelFloats, rows, colsOf(i), colsOf(j), tile, z.stride);
+      }
+    });
+  }
+}
+
+void CpuDevice::exactSecondMoment(const Matrix& x, const Matrix& z) {
   const auto momentPanel = typed(x.dtype).momentPanel;
-  const int64_t panels = panelsOf(x.cols), panelDoubles = blockRows * momentPanelCols;
+  const int64_t panels = ceilDiv(x.cols, momentPanelCols), panelDoubles = blockRows * momentPanelCols;
   auto* memory = static_cast<double*>(scratch(static_cast<size_t>(panels * panelDoubles) * sizeof(double)));
   const auto colsOf = [&](int64_t panel) { return std::min<int64_t>(momentPanelCols, x.cols - panel * momentPanelCols); };
 #pragma omp parallel num_threads(threads_)
@@ -37,14 +125,12 @@ void CpuDevice::secondMoment(const Matrix& x, const Matrix& z) {
       const Matrix columns = x.rowRange(first, rows).columns(panel * momentPanelCols, colsOf(panel));
       momentPanel(columns.data, rows, columns.stride, columns.cols, memory + panel * panelDoubles);
     }
-    // The longest rows of tiles first, so that threads end together. Each tile is one thread's: the order of a sum is fixed.
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = panels - 1; i >= 0; --i) {
+    overTileRows(panels, [&](int64_t i) {
       for (int64_t j = 0; j <= i; ++j) {
         double* tile = z.as<double>() + i * momentPanelCols * z.stride + j * momentPanelCols;
         kernels_.addMoment(memory + i * panelDoubles, memory + j * panelDoubles, rows, colsOf(i), colsOf(j), tile, z.stride);
       }
-    }
+    });
   }
 }
 

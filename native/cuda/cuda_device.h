@@ -53,7 +53,7 @@ class CudaDevice : public Device {
 
   // second_moment.cu
   size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;
-  void secondMoment(const Matrix& x, const Matrix& z) override;
+  void secondMoment(const Matrix& x, MomentSum sum, const Matrix& z) override;
   void squareSum(const Matrix& x, double* sums) override;
 
   // norm.cu

@@ -103,7 +103,7 @@ size_t CudaDevice::momentWorkspaceBytes(int64_t rows, int64_t width) const {
   return static_cast<size_t>(chunkRows(rows, width) * width) * sizeof(double);
 }
 
-void CudaDevice::secondMoment(const Matrix& x, const Matrix& z) {
+void CudaDevice::secondMoment(const Matrix& x, MomentSum, const Matrix& z) {
   auto* wide = static_cast<double*>(scratch(momentWorkspaceBytes(x.rows, x.cols)));
   const int64_t step = chunkRows(x.rows, x.cols);
   for (int64_t first = 0; first < x.rows; first += step) {

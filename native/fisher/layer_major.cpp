@@ -79,6 +79,7 @@ void collectByLayer(Decoder& model, CollectionWork& work, TokenMask mask, int64_
     }
   };
 
+  const int64_t tokens = maskedTokens(work.batches, mask);
   const std::vector<Segment> segments = segmentsOf(model, work, layersPerCheckpoint);
   for (const Segment& segment : segments) streams.keep(segment.first);
   for (int64_t layer = segments.front().first + 1; layer < segments.front().last; ++layer) streams.keep(layer);
@@ -95,7 +96,7 @@ void collectByLayer(Decoder& model, CollectionWork& work, TokenMask mask, int64_
       std::vector<bool> wanted(work.wanted.size(), false);
       const auto group = static_cast<int64_t>(groupsPerLayer) * layer;
       std::copy_n(work.wanted.begin() + group, groupsPerLayer, wanted.begin() + group);
-      Statistics statistics(model.device(), model.projections(), wanted, work.method.needs, mask);
+      Statistics statistics(model.device(), model.projections(), wanted, work.method.needs, mask, tokens);
       eachBatch([&](PackedBatch& batch, const ResidualStreams& of) {
         statistics.beginBatch(batch);
         model.collectLayer(batch, layer, of, statistics);

@@ -14,11 +14,24 @@ double meanFactor(int64_t count) {
   return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
 }
 
+// From so many tokens for each channel on, Z has full rank and rows may be added in groups.
+constexpr int64_t tokensPerChannel = 3;
+
+int64_t maskedTokensOf(const PackedBatch& batch, TokenMask mask) {
+  return mask == TokenMask::attention ? batch.tokens : batch.labelRows;
+}
+
 }  // namespace
 
+int64_t maskedTokens(const std::vector<PackedBatch>& batches, TokenMask mask) {
+  int64_t sum = 0;
+  for (const PackedBatch& batch : batches) sum += maskedTokensOf(batch, mask);
+  return sum;
+}
+
 Statistics::Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted,
-                       InitializerNeeds needs, TokenMask mask)
-    : device_(device), projections_(projections), mask_(mask), sums_(projections.size()) {
+                       InitializerNeeds needs, TokenMask mask, int64_t tokens)
+    : device_(device), projections_(projections), mask_(mask), tokens_(tokens), sums_(projections.size()) {
   for (size_t first = 0; first < projections.size(); first += groupsPerLayer) allocateLayer(first, wanted, needs);
 }
 
@@ -52,7 +65,7 @@ void Statistics::beginBatch(const PackedBatch& batch) {
   samples_ += batch.sequenceCount();
   batchTokens_ = batch.tokens;
   batchLabelRows_ = batch.labelRows;
-  maskedTokens_ += mask_ == TokenMask::attention ? batch.tokens : batch.labelRows;
+  maskedTokens_ += maskedTokensOf(batch, mask_);
   if (mask_ == TokenMask::labels && batch.labelRows > 0) {
     const size_t bytes = static_cast<size_t>(batch.labelRows) * sizeof(int32_t);
     labelIndex_ = device_.allocate(bytes, "label rows");
@@ -80,7 +93,8 @@ void Statistics::observe(size_t group, const Matrix& x, const Matrix& dy) {
   }
   if (sums.inputMoment) {
     const Matrix rows = masked(x, inputCopy_, inputCopyBytes_);
-    if (rows.rows > 0) device_.secondMoment(rows, {sums.inputMoment.get(), DType::f64, x.cols, x.cols, x.cols});
+    const MomentSum sum = tokens_ >= tokensPerChannel * x.cols ? MomentSum::grouped : MomentSum::exact;
+    if (rows.rows > 0) device_.secondMoment(rows, sum, {sums.inputMoment.get(), DType::f64, x.cols, x.cols, x.cols});
   }
   if (sums.outputFactor) {
     const Matrix rows = masked(dy, outputCopy_, outputCopyBytes_);

@@ -16,6 +16,9 @@ namespace lora_da {
 // Which tokens Z and ydiag are averaged over; G always takes all.
 enum class TokenMask { attention, labels };
 
+// The tokens of these batches that the mask keeps.
+int64_t maskedTokens(const std::vector<PackedBatch>& batches, TokenMask mask);
+
 // One group's statistics: on the device, but for the smallest.
 struct GroupStatistics {
   Buffer gradient;     // [out, in] float32, mean over samples; the rows of a module are those of its columns in the group
@@ -24,12 +27,15 @@ struct GroupStatistics {
 };
 
 // Z is summed in float64: the damping may be far below float32's rounding of Z, and the small eigenvalues it is added to, or the
-// zero ones of a set with fewer tokens than channels, then survive.
+// zero ones of a set with fewer tokens than channels, then survive. In bfloat16 each element of x has been rounded by itself,
+// which alone adds about 1e-6 of a channel's mean square to every direction of Z that the tokens span; where they are many times
+// the channels, so that this is all of them, groups of rows may be added in float32, whose rounding is a hundred times less.
 class Statistics : public ProjectionObserver {
  public:
   // Collects for the groups marked in `wanted` (an entry per projection) what `needs` names.
+  // Batches with `tokens` tokens that the mask keeps, in all, will follow.
   Statistics(Device& device, const std::vector<const Projection*>& projections, const std::vector<bool>& wanted,
-             InitializerNeeds needs, TokenMask mask);
+             InitializerNeeds needs, TokenMask mask, int64_t tokens);
 
   // Call before the pass over each batch.
   void beginBatch(const PackedBatch& batch);
@@ -51,6 +57,7 @@ class Statistics : public ProjectionObserver {
   Device& device_;
   std::vector<const Projection*> projections_;
   TokenMask mask_;
+  int64_t tokens_;
   std::vector<Sums> sums_;
   int64_t samples_ = 0;
   int64_t maskedTokens_ = 0;

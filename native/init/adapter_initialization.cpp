@@ -150,7 +150,8 @@ std::optional<CollectionPlan> planOf(Decoder& model, const CollectionWork& work,
 void runSampleMajor(Decoder& model, CollectionWork& work, TokenMask mask, Solver& solver, const InitializationProgress& progress,
                     AdapterInitializationResult& result) {
   const auto collectStart = Clock::now();
-  Statistics statistics(model.device(), model.projections(), work.wanted, work.method.needs, mask);
+  Statistics statistics(model.device(), model.projections(), work.wanted, work.method.needs, mask,
+                        maskedTokens(work.batches, mask));
   collectSamples(model, work.batches, statistics, progress);
   result.collectSeconds = secondsSince(collectStart);
 
@@ -197,8 +198,8 @@ Statistics collectStatistics(Decoder& model, const std::vector<TokenBatch>& batc
   if (model.lora()) {
     for (size_t i = 0; i < projections.size(); ++i) wanted[i] = model.lora()->group(i) != nullptr;
   }
-  Statistics statistics(model.device(), projections, wanted, needs, mask);
   std::vector<PackedBatch> packed = packLabelled(model, batches);
+  Statistics statistics(model.device(), projections, wanted, needs, mask, maskedTokens(packed, mask));
   collectSamples(model, packed, statistics, progress);
   return statistics;
 }

@@ -313,8 +313,8 @@ void GuardedDevice::matmul(Transpose ta, const Matrix& a, Transpose tb, const Ma
   enqueue("matmul", &Device::matmul, ta, a, tb, b, alpha, accumulate, c);
 }
 
-void GuardedDevice::secondMoment(const Matrix& x, const Matrix& z) {
-  enqueue("secondMoment", &Device::secondMoment, x, z);
+void GuardedDevice::secondMoment(const Matrix& x, MomentSum sum, const Matrix& z) {
+  enqueue("secondMoment", &Device::secondMoment, x, sum, z);
 }
 
 void GuardedDevice::squareSum(const Matrix& x, double* sums) {

@@ -53,7 +53,7 @@ class GuardedDevice : public Device {
                        const Matrix& dx) override;
   void matmul(Transpose ta, const Matrix& a, Transpose tb, const Matrix& b, float alpha, bool accumulate,
               const Matrix& c) override;
-  void secondMoment(const Matrix& x, const Matrix& z) override;
+  void secondMoment(const Matrix& x, MomentSum sum, const Matrix& z) override;
   void squareSum(const Matrix& x, double* sums) override;
 
   void embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) override;

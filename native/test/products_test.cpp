@@ -185,7 +185,7 @@ DEVICE_TEST_CASE("the same products give the same bits") {
       device->linear(x.view(), *weight, nullptr, &downView, &upView, nullptr, y.view());
       device->linearInputGrad(y.view(), *weight, &downView, &aView, dx.view());
       device->matmul(Transpose::yes, down.view(), Transpose::no, x.view(), 1.0f, false, aGrad.view());
-      device->secondMoment(x.view(), {z.data(), DType::f64, in, in, in});
+      device->secondMoment(x.view(), MomentSum::exact, {z.data(), DType::f64, in, in, in});
       device->mirrorLower(z.data(), in);
       return std::make_tuple(y.bits(), dx.bits(), aGrad.bits(), z.host());
     };
@@ -255,7 +255,7 @@ DEVICE_TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum
       TestMatrix x(*device, type, rows, cols, 4);
       x.randomize(random, 50);
       const DeviceVector<double> z(*device, static_cast<size_t>(cols * cols), 0.5);
-      device->secondMoment(x.view(), {z.data(), DType::f64, cols, cols, cols});
+      device->secondMoment(x.view(), MomentSum::exact, {z.data(), DType::f64, cols, cols, cols});
       // Two orders of a float64 sum differ by a few roundings of its terms' magnitudes, here at most the root of two diagonal
       // entries' product (Higham 2002, sec. 4.2: at most `rows` of them); a float32 sum would miss by 1e-8 of it and more.
       double worst = 0;
@@ -268,6 +268,63 @@ DEVICE_TEST_CASE("secondMoment adds the lower triangle of x^T x to a float64 sum
       }
       CHECK(worst < 2e-14);
     }
+  }
+}
+
+DEVICE_TEST_CASE("secondMoment by groups rounds each group to float32, but not what a massive row would hide") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  std::mt19937_64 random(seed);
+  struct Shape {
+    int64_t rows, cols;
+  };
+  for (const DType type : {DType::f32, DType::bf16}) {
+    const auto device = tested.make(type);
+    for (const auto [rows, cols] : {Shape{300, 21}, Shape{1, 1}, Shape{1101, 77}, Shape{513, 97}}) {
+      CAPTURE(rows);
+      TestMatrix x(*device, type, rows, cols, 4);
+      x.randomize(random);
+      const int64_t massive = rows > 100 ? 70 : -1;
+      for (int64_t j = 0; massive >= 0 && j < cols; ++j) x.set(massive * x.stride() + j, 3000 * x.exactAt(massive, j));
+      const DeviceVector<double> z(*device, static_cast<size_t>(cols * cols), 0.5);
+      device->secondMoment(x.view(), MomentSum::grouped, {z.data(), DType::f64, cols, cols, cols});
+      // Of the ordinary rows' magnitudes momentGroupRows roundings of a group's partial sums are the most (Higham 2002,
+      // sec. 4.2).
+      const double bound = static_cast<double>(momentGroupRows) * std::pow(2.0, -24);
+      const auto ordinary = [&](int64_t i) {
+        const double all = dot(x, i, true, x, i, false, rows);
+        return massive < 0 ? all : all - x.exactAt(massive, i) * x.exactAt(massive, i);
+      };
+      double worst = 0;
+      for (int64_t i = 0; i < cols; ++i) {
+        for (int64_t j = 0; j <= i; ++j) {
+          const double exact = dot(x, i, true, x, j, false, rows);
+          const double allowed = bound * std::sqrt(ordinary(i) * ordinary(j)) + 1e-14 * std::abs(exact) + 1e-14;
+          worst = std::max(worst, std::abs(z[static_cast<size_t>(i * cols + j)] - 0.5 - exact) / allowed);
+        }
+      }
+      CHECK(worst < 1);
+    }
+  }
+}
+
+TEST_CASE("a second moment has the same bits for any number of threads" * cpuOnly("no other device has threads")) {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  for (const DType type : {DType::f32, DType::bf16}) {
+    std::vector<std::vector<double>> results;
+    for (const int threads : {1, 3}) {
+      std::mt19937_64 random(seed);
+      const auto device = cpuDevice(type, threads);
+      TestMatrix x(*device, type, 603, 150);
+      x.randomize(random);
+      for (int64_t j = 0; j < 150; ++j) x.set(9 * x.stride() + j, 100.0);
+      const DeviceVector<double> z(*device, 150 * 150);
+      device->secondMoment(x.view(), MomentSum::grouped, {z.data(), DType::f64, 150, 150, 150});
+      device->mirrorLower(z.data(), 150);
+      results.push_back(z.host());
+    }
+    CHECK((results[0] == results[1]));
   }
 }
 

@@ -164,6 +164,10 @@ struct Kernels {
   // z [zRows, zCols] += left^T right over the rows of two panels; null where momentPanel is.
   void (*addMoment)(const double* left, const double* right, int64_t rows, int64_t zRows, int64_t zCols, double* z,
                     int64_t zStride);
+  // The same, summed by groups of momentGroupRows rows, from panels of bfloat16 pairs (panels.h), panelCols columns of x or fewer;
+  // null where the processor does not multiply pairs.
+  void (*addGroupedMoment)(const void* left, const void* right, int64_t rows, int64_t zRows, int64_t zCols, double* z,
+                           int64_t zStride);
   double (*squaredNorm)(const float* x, int64_t count);
   // One AdamW update of `count` elements; gradient is scaled by gradScale; shadow is bf16 or null.
   void (*adamw)(float* value, const float* grad, float* firstMoment, float* secondMoment, uint16_t* shadow, int64_t count,

@@ -1,7 +1,9 @@
-// Tiles of a second moment x^T x in float64: panels of 24 columns of x, widened, and products of two panels over their rows.
+// Tiles of a second moment x^T x: products of two panels over their rows. In float64 a panel is 24 columns of x, widened; where
+// groups of rows may be added in float32 it is 48 columns of bfloat16 pairs.
 //
 // Written for AVX-512; elsewhere the table's entries stay null and BLAS serves.
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/panels.h"
 #include "cpu/kernels/vector.h"
 
 namespace lora_da::cpu::KERNEL_ISA {
@@ -61,12 +63,79 @@ void addMoment(const double* left, const double* right, int64_t rows, int64_t zR
   }
 }
 
+#if defined(__AVX512BF16__)
+
+KERNEL_INLINE void addWidened(double* to, Vec v) {
+  typedef float Half __attribute__((vector_size(4 * doubles)));
+  const Half lower = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Half upper = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const VecDouble sums[2] = {loadDoubles(to) + __builtin_convertvector(lower, VecDouble),
+                             loadDoubles(to + doubles) + __builtin_convertvector(upper, VecDouble)};
+  __builtin_memcpy(to, sums, sizeof sums);
+}
+
+// sum [8, 16 vectors] = left^T right over the steps of one group; of left's, the 8 columns that it points at.
+template <int vectors>
+KERNEL_INLINE void sumGroup(const float* left, int64_t leftStride, const float* right, int64_t steps,
+                            Vec (&sum)[doubles][vectors]) {
+  for (int64_t t = 0; t < steps; ++t) {
+    Vec columns[vectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) columns[v] = load(right + (t * vectors + v) * lanes, Whole{});
+#pragma GCC unroll 8
+    for (int i = 0; i < doubles; ++i) {
+      const Vec factor = broadcast(left[t * leftStride + i]);
+#pragma GCC unroll 3
+      for (int v = 0; v < vectors; ++v) sum[i][v] = Step<Bf16>::add(sum[i][v], factor, columns[v]);
+    }
+  }
+}
+
+template <int vectors>
+void addGroups(const float* left, const float* right, int64_t rows, int64_t zRows, int64_t zCols, double* z, int64_t zStride) {
+  constexpr int64_t groupSteps = momentGroupRows / Step<Bf16>::depth;
+  const int64_t leftStride = (zRows + lanes - 1) / lanes * lanes, steps = (rows + 1) / Step<Bf16>::depth;
+  for (int64_t first = 0; first < zRows; first += doubles) {
+    double total[doubles][vectors * lanes] = {};
+    for (int64_t step = 0; step < steps; step += groupSteps) {
+      const int64_t count = steps - step < groupSteps ? steps - step : groupSteps;
+      Vec sum[doubles][vectors] = {};
+      sumGroup(left + step * leftStride + first, leftStride, right + step * vectors * lanes, count, sum);
+#pragma GCC unroll 8
+      for (int i = 0; i < doubles; ++i) {
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; ++v) addWidened(total[i] + v * lanes, sum[i][v]);
+      }
+    }
+    for (int64_t i = 0; i < doubles && first + i < zRows; ++i) {
+      double* row = z + (first + i) * zStride;
+#pragma omp simd
+      for (int64_t j = 0; j < zCols; ++j) row[j] += total[i][j];
+    }
+  }
+}
+
+void addGroupedMoment(const void* left, const void* right, int64_t rows, int64_t zRows, int64_t zCols, double* z,
+                      int64_t zStride) {
+  const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
+  switch ((zCols + lanes - 1) / lanes) {
+    case 1: return addGroups<1>(a, b, rows, zRows, zCols, z, zStride);
+    case 2: return addGroups<2>(a, b, rows, zRows, zCols, z, zStride);
+    default: return addGroups<3>(a, b, rows, zRows, zCols, z, zStride);
+  }
+}
+
+#endif
+
 }  // namespace
 
 void fillMoments(Kernels& table) {
   table.f32.momentPanel = momentPanel<float>;
   table.bf16.momentPanel = momentPanel<Bf16>;
   table.addMoment = addMoment;
+#if defined(__AVX512BF16__)
+  table.addGroupedMoment = addGroupedMoment;
+#endif
 }
 
 #else
