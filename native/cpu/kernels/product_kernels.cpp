@@ -38,6 +38,18 @@ KERNEL_INLINE void addStep(Vec (&sum)[rows][vectors], const Factor<T>& factor, i
   }
 }
 
+// Steps of one cache line of a row.
+template <class T>
+inline constexpr int64_t lineSteps = 64 / (static_cast<int64_t>(sizeof(T)) * Step<T>::depth);
+
+// Asks the second-level cache for a line of each of the next tile's rows: they are far apart, and prefetchers begin anew with
+// every row.
+template <int rows, class T>
+KERNEL_INLINE void askForLines(const T* x, int64_t stride) {
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) __builtin_prefetch(x + i * stride, 0, 2);
+}
+
 template <class Y, class P>
 KERNEL_INLINE void finish(const PanelProduct& p, Vec value, int64_t row, int64_t col, P part) {
   value *= p.scale;
@@ -75,7 +87,13 @@ __attribute__((noinline)) void multiplyTile(const PanelProduct& p, int64_t row) 
        static_cast<const float*>(p.lowRankPanel)}};
   for (const Factor<T>& factor : factors) {
     const int64_t steps = factor.depth / Step<T>::depth;
-    for (int64_t step = 0; step < steps; ++step) addStep<T, rows, vectors>(sum, factor, step, false);
+    const T* next = factor.x + rows * factor.stride;
+    int64_t step = 0;
+    for (; step + lineSteps<T> <= steps; step += lineSteps<T>) {
+      askForLines<rows>(next + step * Step<T>::depth, factor.stride);
+      for (int64_t i = 0; i < lineSteps<T>; ++i) addStep<T, rows, vectors>(sum, factor, step + i, false);
+    }
+    for (; step < steps; ++step) addStep<T, rows, vectors>(sum, factor, step, false);
     if (factor.depth % Step<T>::depth != 0) addStep<T, rows, vectors>(sum, factor, steps, true);
   }
   if (p.floatOutput) {
