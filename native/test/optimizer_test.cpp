@@ -17,12 +17,13 @@ struct Tensor {
   DeviceVector<uint16_t> shadow;
   std::vector<double> v, m, s;  // the same in float64: value and moments
 
-  Tensor(Device& device, size_t count, std::mt19937_64& random)
-      : value(device, count),
-        grad(device, count),
-        firstMoment(device, count),
-        secondMoment(device, count),
-        shadow(device, count) {
+  // `shifted`: which of the five begins an element behind where vectors may be read and written.
+  Tensor(Device& device, size_t count, std::mt19937_64& random, int shifted = -1)
+      : value(device, std::vector<float>(count), shifted == 0),
+        grad(device, std::vector<float>(count), shifted == 1),
+        firstMoment(device, std::vector<float>(count), shifted == 2),
+        secondMoment(device, std::vector<float>(count), shifted == 3),
+        shadow(device, std::vector<uint16_t>(count), shifted == 4) {
     std::normal_distribution<double> normal;
     for (float& x : value.edit()) x = static_cast<float>(0.1 * normal(random));
     v.assign(value.host().begin(), value.host().end());
@@ -63,6 +64,8 @@ struct Problem {
 
   Problem(Device& device, std::mt19937_64& random) {
     for (size_t count : {1, 7, 130, 8192, 8193, 40001}) tensors.emplace_back(device, count, random);
+    // More of them than a device may take at a time.
+    for (int i = 0; i < 70; ++i) tensors.emplace_back(device, static_cast<size_t>(20 + i), random, i % 6 - 1);
   }
   std::vector<Parameter> parameters() {
     std::vector<Parameter> result;
