@@ -37,6 +37,22 @@ PanelProduct productOf(const Matrix& x, const Matrix* lowRank, const Matrix& y) 
   return p;
 }
 
+ThinProduct thinOf(const Matrix& x, const Matrix& b, float scale, const Matrix& y) {
+  ThinProduct p;
+  p.x = x.data;
+  p.xStride = x.stride;
+  p.b = b.data;
+  p.bStride = b.stride;
+  p.rows = x.rows;
+  p.cols = b.rows;
+  p.depth = x.cols;
+  p.scale = scale;
+  p.y = y.data;
+  p.yStride = y.stride;
+  p.floatOutput = y.dtype == DType::f32;
+  return p;
+}
+
 }  // namespace
 
 float* CpuDevice::panelScratch(size_t threadFloats) {
@@ -159,13 +175,18 @@ void CpuDevice::thinProduct(const Matrix& a, const Matrix& b, float alpha, const
     typed(c.dtype).fromFloat(sums, c.data, c.cols);
     return;
   }
-  const auto floats = static_cast<size_t>(panelCols * ceilDiv(depth, kernels.stepDepth));
+  const bool thin = c.cols <= thinCols;
+  const auto floats = thin ? 0 : static_cast<size_t>(panelCols * ceilDiv(depth, kernels.stepDepth));
   float* memory = panelScratch(floats);
   const int64_t share = ceilDiv(ceilDiv(a.rows, threads_), panelRowGrain) * panelRowGrain;
 #pragma omp parallel for num_threads(threads_) schedule(static)
   for (int thread = 0; thread < threads_; ++thread) {
     const int64_t first = thread * share, rows = std::min(share, a.rows - first);
     if (rows <= 0) continue;
+    if (thin) {
+      kernels.multiplyThin(thinOf(a.rowRange(first, rows), b, alpha, c.rowRange(first, rows)));
+      continue;
+    }
     float* panel = memory + static_cast<size_t>(thread) * floats;
     for (int64_t col = 0; col < c.cols; col += panelCols) {
       const int64_t cols = std::min(panelCols, c.cols - col);

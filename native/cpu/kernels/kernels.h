@@ -68,6 +68,24 @@ struct PanelProduct {
   bool floatOutput = true;
 };
 
+// Columns of a thin product, at most: two rows of sums fill a vector.
+inline constexpr int64_t thinCols = 8;
+
+// y [rows, cols] = scale * x b^T for b [cols, depth] of few rows, as they lie; in the compute type, or float32.
+struct ThinProduct {
+  const void* x = nullptr;
+  int64_t xStride = 0;
+  const void* b = nullptr;
+  int64_t bStride = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;  // at most thinCols
+  int64_t depth = 0;
+  float scale = 1;
+  void* y = nullptr;
+  int64_t yStride = 0;
+  bool floatOutput = true;
+};
+
 // c [leftCols, cols] += left^T b over the rows of b [rows, cols]; left laid out by packRows as [steps][leftStride].
 struct OuterSum {
   const void* left = nullptr;
@@ -144,6 +162,7 @@ struct TypedKernels {
   void (*multiplyPanel)(const PanelProduct& product);
   // y [cols rounded up to 16] = x [depth] times a panel of `type`.
   void (*multiplyRow)(const void* x, const void* panel, DType type, int64_t depth, int64_t cols, float* y);
+  void (*multiplyThin)(const ThinProduct& product);
   void (*addOuter)(const OuterSum& sum);
   // y[i] = row i of w [rows, depth] (of `type`) times x [depth].
   void (*dotRows)(const void* x, const void* w, DType type, int64_t stride, int64_t rows, int64_t depth, float* y);
@@ -164,8 +183,8 @@ struct Kernels {
   // z [zRows, zCols] += left^T right over the rows of two panels; null where momentPanel is.
   void (*addMoment)(const double* left, const double* right, int64_t rows, int64_t zRows, int64_t zCols, double* z,
                     int64_t zStride);
-  // The same, summed by groups of momentGroupRows rows, from panels of bfloat16 pairs (panels.h), panelCols columns of x or fewer;
-  // null where the processor does not multiply pairs.
+  // The same, summed by groups of momentGroupRows rows, from panels of bfloat16 pairs (panels.h), panelCols columns of x or
+  // fewer; null where the processor does not multiply pairs.
   void (*addGroupedMoment)(const void* left, const void* right, int64_t rows, int64_t zRows, int64_t zCols, double* z,
                            int64_t zStride);
   double (*squaredNorm)(const float* x, int64_t count);

@@ -252,19 +252,24 @@ KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The sums of the lanes of 16 vectors, side by side.
+KERNEL_INLINE Vec sumsOfLanes(Vec (&sums)[lanes]) {
+  transpose(sums);
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
 template <class T, class S>
 void dotRows(const T* x, const S* w, int64_t stride, int64_t rows, int64_t depth, float* y) {
   int64_t row = 0;
   for (; row + lanes <= rows; row += lanes) {  // the lanes of 16 rows are added up together
     Vec sums[lanes];
     for (int i = 0; i < lanes; ++i) sums[i] = dotLanes(x, w + (row + i) * stride, depth);
-    transpose(sums);
-#pragma GCC unroll 4
-    for (int half = lanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    store(y + row, sums[0], Whole{});
+    store(y + row, sumsOfLanes(sums), Whole{});
   }
   for (; row < rows; ++row) y[row] = sumOfLanes(dotLanes(x, w + row * stride, depth));
 }
@@ -318,10 +323,66 @@ void multiplyRowOf(const void* x, const void* panel, DType type, int64_t depth, 
   });
 }
 
+// --- few columns: lanes run along the depth, so that none is idle and nothing is laid out ---
+
+KERNEL_INLINE Vec addLine(Vec sum, const float* x, const float* b) {
+  return addDot(sum, x, b, Whole{});
+}
+#if defined(__AVX512BF16__)
+KERNEL_INLINE Vec addLine(Vec sum, const Bf16* x, const Bf16* b) {
+  return addPairs(sum, x, b);
+}
+#endif
+
+template <class T, int rows>
+KERNEL_INLINE void multiplyThinRows(const ThinProduct& p, const T* const (&columns)[thinCols], int64_t row) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  const T* x = static_cast<const T*>(p.x) + row * p.xStride;
+  Vec sums[lanes] = {};
+  const auto overSums = [&](auto&& body) {
+#pragma GCC unroll 8
+    for (int j = 0; j < thinCols; ++j) {
+#pragma GCC unroll 2
+      for (int i = 0; i < rows; ++i) body(sums[i * thinCols + j], x + i * p.xStride, columns[j]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + line <= p.depth; d += line) {
+    askForLines<rows>(x + rows * p.xStride + d, p.xStride);
+    overSums([&](Vec& sum, const T* left, const T* right) { sum = addLine(sum, left + d, right + d); });
+  }
+  overVectors(p.depth - d, [&](int64_t i, auto part) {
+    overSums([&](Vec& sum, const T* left, const T* right) { sum = addDot(sum, left + d + i, right + d + i, part); });
+  });
+  float values[lanes];
+  store(values, p.scale * sumsOfLanes(sums), Whole{});
+  for (int i = 0; i < rows; ++i) {
+    const Part part{static_cast<int>(p.cols)};
+    const Vec result = load(values + i * thinCols, part);
+    const int64_t at = (row + i) * p.yStride;
+    if (p.floatOutput) {
+      store(static_cast<float*>(p.y) + at, result, part);
+    } else {
+      store(static_cast<T*>(p.y) + at, result, part);
+    }
+  }
+}
+
+template <class T>
+void multiplyThin(const ThinProduct& p) {
+  static_assert(2 * thinCols == lanes, "two rows of sums fill a vector");
+  const T* columns[thinCols];
+  for (int64_t j = 0; j < thinCols; ++j) columns[j] = static_cast<const T*>(p.b) + (j < p.cols ? j : 0) * p.bStride;
+  int64_t row = 0;
+  for (; row + 2 <= p.rows; row += 2) multiplyThinRows<T, 2>(p, columns, row);
+  if (row < p.rows) multiplyThinRows<T, 1>(p, columns, row);
+}
+
 template <class T>
 void fillTyped(TypedKernels& table) {
   table.multiplyPanel = multiplyPanel<T>;
   table.multiplyRow = multiplyRowOf<T>;
+  table.multiplyThin = multiplyThin<T>;
   table.addOuter = addOuter<T>;
   table.dotRows = dotRowsOf<T>;
 }

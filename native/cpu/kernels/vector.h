@@ -327,10 +327,8 @@ KERNEL_INLINE Vec softmaxExp(Vec x) {
 template <bool toBf16>
 KERNEL_INLINE Vec sigmoid(Vec x) {
 #if defined(__AVX512F__)
-  if (toBf16) {  // one step of Newton's takes the estimate's error from 6e-5 to 4e-9
-    const Vec one = 1.0f + exp2OfBounded<true>(larger(broadcast(-87.0f), x) * -1.44269504f);
-    const Vec estimate = _mm512_maskz_rcp14_ps(0xffff, one);
-    return estimate * (2.0f - one * estimate);
+  if (toBf16) {  // the estimate's relative error of 6e-5 is a thirtieth of bfloat16's rounding
+    return _mm512_maskz_rcp14_ps(0xffff, 1.0f + exp2OfBounded<true>(larger(broadcast(-87.0f), x) * -1.44269504f));
   }
 #endif
   const Vec bounded = smaller(broadcast(87.0f), larger(broadcast(-87.0f), x));
