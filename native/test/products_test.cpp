@@ -214,7 +214,8 @@ DEVICE_TEST_CASE("matmul in every transposition, scaled and accumulated") {
   struct Shape {
     int64_t m, n, k;
   };
-  for (const auto [m, n, k] : {Shape{19, 37, 70}, Shape{24, 150, 301}, Shape{5, 16, 129}})
+  for (const auto [m, n, k] :
+       {Shape{19, 37, 70}, Shape{24, 150, 301}, Shape{5, 16, 129}, Shape{7, 5, 61}, Shape{34, 8, 150}, Shape{1, 3, 33}})
     for (const DType type : {DType::f32, DType::bf16}) {
       const auto device = tested.make(type);
       for (const bool ta : {false, true}) {
