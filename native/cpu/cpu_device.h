@@ -37,7 +37,7 @@ class CpuDevice : public Device {
   void zero(void* device, size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override {}
-  size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override;  // head_loss.cpp: the head is the largest user
+  size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override;  // head_loss.cpp: the head's
   size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;      // second_moment.cpp
   size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;          // dense.cpp
   DeviceMemory memory() const override;

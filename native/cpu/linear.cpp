@@ -37,22 +37,6 @@ PanelProduct productOf(const Matrix& x, const Matrix* lowRank, const Matrix& y) 
   return p;
 }
 
-ThinProduct thinOf(const Matrix& x, const Matrix& b, float scale, const Matrix& y) {
-  ThinProduct p;
-  p.x = x.data;
-  p.xStride = x.stride;
-  p.b = b.data;
-  p.bStride = b.stride;
-  p.rows = x.rows;
-  p.cols = b.rows;
-  p.depth = x.cols;
-  p.scale = scale;
-  p.y = y.data;
-  p.yStride = y.stride;
-  p.floatOutput = y.dtype == DType::f32;
-  return p;
-}
-
 }  // namespace
 
 float* CpuDevice::panelScratch(size_t threadFloats) {
@@ -184,7 +168,7 @@ void CpuDevice::thinProduct(const Matrix& a, const Matrix& b, float alpha, const
     const int64_t first = thread * share, rows = std::min(share, a.rows - first);
     if (rows <= 0) continue;
     if (thin) {
-      kernels.multiplyThin(thinOf(a.rowRange(first, rows), b, alpha, c.rowRange(first, rows)));
+      kernels.multiplyThin(a.rowRange(first, rows), b, alpha, c.rowRange(first, rows));
       continue;
     }
     float* panel = memory + static_cast<size_t>(thread) * floats;

@@ -35,12 +35,29 @@ struct MassiveRows {
   size_t bytes(int threads) const { return squareBytes + copyBytes + static_cast<size_t>(rowFloats * threads) * sizeof(float); }
 };
 
-// body(i) for the rows of tiles of a lower triangle, to be called by all threads: the longest first, so that threads end
-// together. Each row is one thread's: the order of a sum is fixed.
-template <class Body>
-void overTileRows(int64_t panels, const Body& body) {
+// z += x^T x by tiles of its lower triangle, `width` columns wide: pack(columns, panel) lays out some rows of a tile's columns as
+// panelSize numbers, add(left, right, rows, zRows, zCols, tile, stride) multiplies two of them.
+template <class Number, class Pack, class Add>
+void addTiles(const Matrix& x, const Matrix& z, int64_t width, int64_t panelSize, Number* memory, int threads, const Pack& pack,
+              const Add& add) {
+  const int64_t panels = ceilDiv(x.cols, width);
+  const auto colsOf = [&](int64_t panel) { return std::min(width, x.cols - panel * width); };
+#pragma omp parallel num_threads(threads)
+  for (int64_t first = 0; first < x.rows; first += blockRows) {
+    const int64_t rows = std::min(blockRows, x.rows - first);
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      pack(x.rowRange(first, rows).columns(panel * width, colsOf(panel)), memory + panel * panelSize);
+    }
+    // The longest rows of tiles first, so that threads end together. Each tile is one thread's: the order of a sum is fixed.
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t i = panels - 1; i >= 0; --i) body(i);
+    for (int64_t i = panels - 1; i >= 0; --i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        double* tile = z.as<double>() + i * width * z.stride + j * width;
+        add(memory + i * panelSize, memory + j * panelSize, rows, colsOf(i), colsOf(j), tile, z.stride);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -60,7 +77,7 @@ void CpuDevice::groupedSecondMoment(const Matrix& x, const Matrix& z) {
   int64_t ordinary = 0;
   const Matrix rows = massiveRowsLast(x, ordinary);
   addRowGroups(rows.rowRange(0, ordinary), z);
-  exactSecondMoment(rows.rowRange(ordinary, x.rows - ordinary), z);
+  if (ordinary < x.rows) exactSecondMoment(rows.rowRange(ordinary, x.rows - ordinary), z);
 }
 
 Matrix CpuDevice::massiveRowsLast(const Matrix& x, int64_t& ordinary) {
@@ -93,45 +110,23 @@ Matrix CpuDevice::massiveRowsLast(const Matrix& x, int64_t& ordinary) {
 
 void CpuDevice::addRowGroups(const Matrix& x, const Matrix& z) {
   const TypedKernels& kernels = typed(x.dtype);
-  const int64_t panels = ceilDiv(x.cols, panelCols), panelFloats = blockRows / kernels.stepDepth * panelCols;
-  auto* memory = static_cast<float*>(scratch(static_cast<size_t>(panels * panelFloats) * sizeof(float)));
-  const auto colsOf = [&](int64_t panel) { return std::min(panelCols, x.cols - panel * panelCols); };
-#pragma omp parallel num_threads(threads_)
-  for (int64_t first = 0; first < x.rows; first += blockRows) {
-    const int64_t rows = std::min(blockRows, x.rows - first);
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      packMatrixRows(kernels, x, first, rows, panel * panelCols, colsOf(panel), memory + panel * panelFloats);
-    }
-    overTileRows(panels, [&](int64_t i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        double* tile = z.as<double>() + i * panelCols * z.stride + j * panelCols;
-        kernels_.addGroupedMoment(memory + i * panelFloats, memory + j * panelFloats, rows, colsOf(i), colsOf(j), tile, z.stride);
-      }
-    });
-  }
+  const int64_t panelFloats = blockRows / kernels.stepDepth * panelCols;
+  auto* memory = static_cast<float*>(scratch(static_cast<size_t>(ceilDiv(x.cols, panelCols) * panelFloats) * sizeof(float)));
+  const auto pack = [&](const Matrix& columns, float* panel) {
+    packMatrixRows(kernels, columns, 0, columns.rows, 0, columns.cols, panel);
+  };
+  addTiles(x, z, panelCols, panelFloats, memory, threads_, pack, kernels_.addGroupedMoment);
 }
 
 void CpuDevice::exactSecondMoment(const Matrix& x, const Matrix& z) {
   const auto momentPanel = typed(x.dtype).momentPanel;
-  const int64_t panels = ceilDiv(x.cols, momentPanelCols), panelDoubles = blockRows * momentPanelCols;
-  auto* memory = static_cast<double*>(scratch(static_cast<size_t>(panels * panelDoubles) * sizeof(double)));
-  const auto colsOf = [&](int64_t panel) { return std::min<int64_t>(momentPanelCols, x.cols - panel * momentPanelCols); };
-#pragma omp parallel num_threads(threads_)
-  for (int64_t first = 0; first < x.rows; first += blockRows) {
-    const int64_t rows = std::min(blockRows, x.rows - first);
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const Matrix columns = x.rowRange(first, rows).columns(panel * momentPanelCols, colsOf(panel));
-      momentPanel(columns.data, rows, columns.stride, columns.cols, memory + panel * panelDoubles);
-    }
-    overTileRows(panels, [&](int64_t i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        double* tile = z.as<double>() + i * momentPanelCols * z.stride + j * momentPanelCols;
-        kernels_.addMoment(memory + i * panelDoubles, memory + j * panelDoubles, rows, colsOf(i), colsOf(j), tile, z.stride);
-      }
-    });
-  }
+  constexpr int64_t panelDoubles = blockRows * momentPanelCols;
+  auto* memory =
+      static_cast<double*>(scratch(static_cast<size_t>(ceilDiv(x.cols, momentPanelCols) * panelDoubles) * sizeof(double)));
+  const auto pack = [&](const Matrix& columns, double* panel) {
+    momentPanel(columns.data, columns.rows, columns.stride, columns.cols, panel);
+  };
+  addTiles(x, z, momentPanelCols, panelDoubles, memory, threads_, pack, kernels_.addMoment);
 }
 
 void CpuDevice::blasSecondMoment(const Matrix& x, const Matrix& z) {

@@ -71,21 +71,6 @@ struct PanelProduct {
 // Columns of a thin product, at most: two rows of sums fill a vector.
 inline constexpr int64_t thinCols = 8;
 
-// y [rows, cols] = scale * x b^T for b [cols, depth] of few rows, as they lie; in the compute type, or float32.
-struct ThinProduct {
-  const void* x = nullptr;
-  int64_t xStride = 0;
-  const void* b = nullptr;
-  int64_t bStride = 0;
-  int64_t rows = 0;
-  int64_t cols = 0;  // at most thinCols
-  int64_t depth = 0;
-  float scale = 1;
-  void* y = nullptr;
-  int64_t yStride = 0;
-  bool floatOutput = true;
-};
-
 // c [leftCols, cols] += left^T b over the rows of b [rows, cols]; left laid out by packRows as [steps][leftStride].
 struct OuterSum {
   const void* left = nullptr;
@@ -162,7 +147,8 @@ struct TypedKernels {
   void (*multiplyPanel)(const PanelProduct& product);
   // y [cols rounded up to 16] = x [depth] times a panel of `type`.
   void (*multiplyRow)(const void* x, const void* panel, DType type, int64_t depth, int64_t cols, float* y);
-  void (*multiplyThin)(const ThinProduct& product);
+  // y = scale * x b^T where b, read as it lies, has at most thinCols rows; y is in the compute type or float32.
+  void (*multiplyThin)(const Matrix& x, const Matrix& b, float scale, const Matrix& y);
   void (*addOuter)(const OuterSum& sum);
   // y[i] = row i of w [rows, depth] (of `type`) times x [depth].
   void (*dotRows)(const void* x, const void* w, DType type, int64_t stride, int64_t rows, int64_t depth, float* y);

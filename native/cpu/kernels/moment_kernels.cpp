@@ -65,15 +65,6 @@ void addMoment(const double* left, const double* right, int64_t rows, int64_t zR
 
 #if defined(__AVX512BF16__)
 
-KERNEL_INLINE void addWidened(double* to, Vec v) {
-  typedef float Half __attribute__((vector_size(4 * doubles)));
-  const Half lower = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-  const Half upper = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const VecDouble sums[2] = {loadDoubles(to) + __builtin_convertvector(lower, VecDouble),
-                             loadDoubles(to + doubles) + __builtin_convertvector(upper, VecDouble)};
-  __builtin_memcpy(to, sums, sizeof sums);
-}
-
 // sum [8, 16 vectors] = left^T right over the steps of one group; of left's, the 8 columns that it points at.
 template <int vectors>
 KERNEL_INLINE void sumGroup(const float* left, int64_t leftStride, const float* right, int64_t steps,
@@ -104,7 +95,7 @@ void addGroups(const float* left, const float* right, int64_t rows, int64_t zRow
 #pragma GCC unroll 8
       for (int i = 0; i < doubles; ++i) {
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; ++v) addWidened(total[i] + v * lanes, sum[i][v]);
+        for (int v = 0; v < vectors; ++v) addDouble(total[i] + v * lanes, sum[i][v], Whole{});
       }
     }
     for (int64_t i = 0; i < doubles && first + i < zRows; ++i) {

@@ -335,47 +335,48 @@ KERNEL_INLINE Vec addLine(Vec sum, const Bf16* x, const Bf16* b) {
 #endif
 
 template <class T, int rows>
-KERNEL_INLINE void multiplyThinRows(const ThinProduct& p, const T* const (&columns)[thinCols], int64_t row) {
+KERNEL_INLINE void multiplyThinRows(const Matrix& x, const T* const (&columns)[thinCols], float scale, const Matrix& y,
+                                    int64_t row) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  const T* x = static_cast<const T*>(p.x) + row * p.xStride;
+  const T* in = static_cast<const T*>(x.data) + row * x.stride;
   Vec sums[lanes] = {};
   const auto overSums = [&](auto&& body) {
 #pragma GCC unroll 8
     for (int j = 0; j < thinCols; ++j) {
 #pragma GCC unroll 2
-      for (int i = 0; i < rows; ++i) body(sums[i * thinCols + j], x + i * p.xStride, columns[j]);
+      for (int i = 0; i < rows; ++i) body(sums[i * thinCols + j], in + i * x.stride, columns[j]);
     }
   };
   int64_t d = 0;
-  for (; d + line <= p.depth; d += line) {
-    askForLines<rows>(x + rows * p.xStride + d, p.xStride);
+  for (; d + line <= x.cols; d += line) {
+    askForLines<rows>(in + rows * x.stride + d, x.stride);
     overSums([&](Vec& sum, const T* left, const T* right) { sum = addLine(sum, left + d, right + d); });
   }
-  overVectors(p.depth - d, [&](int64_t i, auto part) {
+  overVectors(x.cols - d, [&](int64_t i, auto part) {
     overSums([&](Vec& sum, const T* left, const T* right) { sum = addDot(sum, left + d + i, right + d + i, part); });
   });
   float values[lanes];
-  store(values, p.scale * sumsOfLanes(sums), Whole{});
+  store(values, scale * sumsOfLanes(sums), Whole{});
   for (int i = 0; i < rows; ++i) {
-    const Part part{static_cast<int>(p.cols)};
+    const Part part{static_cast<int>(y.cols)};
     const Vec result = load(values + i * thinCols, part);
-    const int64_t at = (row + i) * p.yStride;
-    if (p.floatOutput) {
-      store(static_cast<float*>(p.y) + at, result, part);
+    const int64_t at = (row + i) * y.stride;
+    if (y.dtype == DType::f32) {
+      store(static_cast<float*>(y.data) + at, result, part);
     } else {
-      store(static_cast<T*>(p.y) + at, result, part);
+      store(static_cast<T*>(y.data) + at, result, part);
     }
   }
 }
 
 template <class T>
-void multiplyThin(const ThinProduct& p) {
+void multiplyThin(const Matrix& x, const Matrix& b, float scale, const Matrix& y) {
   static_assert(2 * thinCols == lanes, "two rows of sums fill a vector");
   const T* columns[thinCols];
-  for (int64_t j = 0; j < thinCols; ++j) columns[j] = static_cast<const T*>(p.b) + (j < p.cols ? j : 0) * p.bStride;
+  for (int64_t j = 0; j < thinCols; ++j) columns[j] = static_cast<const T*>(b.data) + (j < b.rows ? j : 0) * b.stride;
   int64_t row = 0;
-  for (; row + 2 <= p.rows; row += 2) multiplyThinRows<T, 2>(p, columns, row);
-  if (row < p.rows) multiplyThinRows<T, 1>(p, columns, row);
+  for (; row + 2 <= x.rows; row += 2) multiplyThinRows<T, 2>(x, columns, scale, y, row);
+  if (row < x.rows) multiplyThinRows<T, 1>(x, columns, scale, y, row);
 }
 
 template <class T>
