@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/integers.h"
 #include "cpu/cpu_device.h"
 
 namespace lora_da::cpu {
@@ -23,6 +24,9 @@ constexpr int64_t taskRows = 768;
 constexpr int64_t mostChunks = 8;
 // Bound on the memory for parts of dk and dv; key heads beyond it wait for the next wave.
 constexpr size_t gradPartBytes = size_t{256} << 20;
+
+// Decoding: rows of a part, at least.
+constexpr int64_t cachedPartRows = 64;
 
 // Stands for the only task of a key head: its dk and dv need no sum.
 constexpr int64_t noPart = -1;
@@ -344,16 +348,34 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
 void CpuDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matrix& values, const AttentionShape& shape,
                                 const Matrix& out) {
   requireShape(shape, q, keys);
-  const size_t scoreBytes = aligned(static_cast<size_t>(keys.rows) * sizeof(float));
-  char* memory = static_cast<char*>(scratch(scoreBytes * static_cast<size_t>(threads_)));
-  const auto attentionCachedHead = typed(q.dtype).attentionCachedHead;
-  const int32_t group = shape.heads / shape.kvHeads;
-#pragma omp parallel for num_threads(threads_) schedule(static)
-  for (int32_t h = 0; h < shape.heads; ++h) {
-    const int64_t column = int64_t{h} * shape.headDim, kvColumn = int64_t{h / group} * shape.headDim;
-    float* scores = reinterpret_cast<float*>(memory + scoreBytes * static_cast<size_t>(omp_get_thread_num()));
-    attentionCachedHead(at(q, 0, column), at(keys, 0, kvColumn), keys.stride, at(values, 0, kvColumn), values.stride, keys.rows,
-                        shape, at(out, 0, column), scores);
+  const TypedKernels& kernels = typed(q.dtype);
+  const int64_t first = shape.window > 0 ? std::max<int64_t>(keys.rows - shape.window, 0) : 0, count = keys.rows - first;
+  // The same cuts for any number of threads, so that sums are. Neighbouring items are key heads of the same rows.
+  const int64_t partRows = roundUp(ceilDiv(count, std::clamp<int64_t>(count / cachedPartRows, 1, mostCachedParts)), 16);
+  const int64_t parts = ceilDiv(count, partRows);
+  const int64_t group = shape.heads / shape.kvHeads, floats = cachedPartFloats(shape.headDim);
+  float* results = static_cast<float*>(scratch(static_cast<size_t>(parts * shape.heads * floats) * sizeof(float)));
+#pragma omp parallel num_threads(threads_)
+  {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < parts * shape.kvHeads; ++item) {
+      const int64_t part = item / shape.kvHeads, kvHead = item % shape.kvHeads, row = first + part * partRows;
+      CachedAttention attention;
+      attention.q = at(q, 0, kvHead * group * shape.headDim);
+      attention.keys = at(keys, row, kvHead * shape.headDim);
+      attention.values = at(values, row, kvHead * shape.headDim);
+      attention.keyStride = keys.stride;
+      attention.valueStride = values.stride;
+      attention.rows = std::min(partRows, keys.rows - row);
+      attention.queries = group;
+      attention.headDim = shape.headDim;
+      attention.scale = shape.scale;
+      kernels.attentionCachedPart(attention, results + (part * shape.heads + kvHead * group) * floats);
+    }
+#pragma omp for schedule(static)
+    for (int64_t head = 0; head < shape.heads; ++head) {
+      kernels.mergeCached(results + head * floats, parts, shape.heads * floats, shape.headDim, at(out, 0, head * shape.headDim));
+    }
   }
 }
 

@@ -13,7 +13,8 @@ get_filename_component(OPENBLAS_FOLDER ${OPENBLAS_LIBRARY} DIRECTORY)
 
 # The kernels, once per instruction set; native/cpu/kernels/dispatch.cpp chooses at run time.
 set(KERNEL_SOURCES native/cpu/kernels/elementwise_kernels.cpp native/cpu/kernels/attention_forward.cpp
-    native/cpu/kernels/attention_backward.cpp native/cpu/kernels/panel_kernels.cpp
+    native/cpu/kernels/attention_backward.cpp native/cpu/kernels/attention_cached.cpp
+    native/cpu/kernels/panel_kernels.cpp
     native/cpu/kernels/product_kernels.cpp native/cpu/kernels/moment_kernels.cpp
     native/cpu/kernels/softmax_kernels.cpp native/cpu/kernels/table.cpp)
 set(KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd)

@@ -348,6 +348,9 @@ TEST_CASE("attention has the same bits whatever the number of threads" * cpuOnly
       const auto device = cpuDevice(type, threads);
       Problem p(*device, {shapeOf(4, 2, 32), {0, 300, 301, 1500, 1700}, 28}, type, random);
       runs.push_back(results(p, *device));
+      TestMatrix cached(*device, type, 1, p.qCols);
+      device->attentionCached(p.q().rowRange(0, 1), p.k(), p.v(), p.c.shape, cached.view());
+      runs.back().push_back(cached.bits());
       CHECK(runs.back() == runs.front());
     }
   }
@@ -374,6 +377,53 @@ DEVICE_TEST_CASE("attention over no sequence is zero") {
   for (int64_t i = 0; i < 64; ++i) {
     CHECK(p.out.at(i, 0) == 0.0);
     CHECK(p.dqkv.at(i, 0) == 0.0);
+  }
+}
+
+// One query over a cache, in float64.
+std::vector<double> cachedReference(const TestMatrix& q, const TestMatrix& keys, const TestMatrix& values,
+                                    const AttentionShape& shape) {
+  const int64_t length = keys.rows(), first = shape.window > 0 ? std::max<int64_t>(length - shape.window, 0) : 0;
+  std::vector<double> out(static_cast<size_t>(shape.heads * shape.headDim), 0.0);
+  for (int32_t head = 0; head < shape.heads; ++head) {
+    const int64_t column = int64_t{head} * shape.headDim,
+                  kvColumn = int64_t{head / (shape.heads / shape.kvHeads)} * shape.headDim;
+    std::vector<double> scores;
+    for (int64_t i = first; i < length; ++i) {
+      double score = 0;
+      for (int64_t d = 0; d < shape.headDim; ++d) score += q.at(0, column + d) * keys.at(i, kvColumn + d);
+      scores.push_back(score * static_cast<double>(shape.scale));
+    }
+    const double peak = *std::max_element(scores.begin(), scores.end());
+    double total = 0;
+    for (double& score : scores) total += score = std::exp(score - peak);
+    for (int64_t i = first; i < length; ++i) {
+      const double weight = scores[static_cast<size_t>(i - first)] / total;
+      for (int64_t d = 0; d < shape.headDim; ++d) out[static_cast<size_t>(column + d)] += weight * values.at(i, kvColumn + d);
+    }
+  }
+  return out;
+}
+
+// Lengths around those of a vector, a tile and a part of the rows, and more than as many parts as there are at most.
+DEVICE_TEST_CASE("cached attention equals the definition for short and long caches") {
+  for (DType type : {DType::f32, DType::bf16}) {
+    const auto device = tested.make(type);
+    for (const int64_t length : {1, 2, 15, 16, 17, 63, 64, 65, 127, 130, 200, 1023, 4096, 4123, 9001}) {
+      if (length > 200 && smallCasesOnly()) continue;
+      const uint64_t seed = freshSeed();
+      std::mt19937_64 random(seed);
+      for (const AttentionShape& shape : {shapeOf(3, 1, 64), shapeOf(10, 2, 40), shapeOf(2, 2, 128)}) {
+        INFO("seed ", seed, ", ", lora_da::nameOf(type), ", ", length, " rows, heads of ", shape.headDim);
+        const int64_t width = int64_t{shape.kvHeads} * shape.headDim;
+        TestMatrix q(*device, type, 1, int64_t{shape.heads} * shape.headDim), keys(*device, type, length, width, 8),
+            values(*device, type, length, width, 8), out(*device, type, 1, q.cols());
+        for (TestMatrix* m : {&q, &keys, &values}) m->randomize(random);
+        const std::vector<double> expected = cachedReference(q, keys, values, shape);
+        device->attentionCached(q.view(), keys.view(), values.view(), shape, out.view());
+        CHECK(relativeError(out, [&](int64_t, int64_t j) { return expected[static_cast<size_t>(j)]; }) < tolerance(type));
+      }
+    }
   }
 }
 

@@ -169,51 +169,9 @@ void attentionGroup(const AttentionGroup& group, void* out, int64_t outStride, f
   }
 }
 
-// --- decoding ---
-
-template <class T>
-void attentionCachedHead(const void* q, const void* keys, int64_t keyStride, const void* values, int64_t valueStride,
-                         int64_t length, const AttentionShape& shape, void* out, float* scratch) {
-  const int64_t headDim = shape.headDim;
-  const int64_t first = shape.window > 0 ? greatest(length - shape.window, 0) : 0;
-  const int64_t count = length - first;
-  const T* k = static_cast<const T*>(keys) + first * keyStride;
-  const T* v = static_cast<const T*>(values) + first * valueStride;
-  float query[maxHeadDim];
-  overVectors(headDim, [&](int64_t j, auto part) {
-    store(query + j, shape.scale * log2e * load(static_cast<const T*>(q) + j, part), part);
-  });
-
-  float peak = noMaximum;
-  for (int64_t i = 0; i < count; ++i) {
-    Vec products{};
-    overVectors(headDim, [&](int64_t j, auto part) { products += load(query + j, part) * load(k + i * keyStride + j, part); });
-    scratch[i] = sumOfLanes(products);
-    peak = scratch[i] > peak ? scratch[i] : peak;
-  }
-  Vec total{};
-  overVectors(count, [&](int64_t i, auto part) {
-    const Vec e = keep(exp2OfBounded<false>(load(scratch + i, part) - peak), part, 0.0f);
-    total += e;
-    store(scratch + i, e, part);
-  });
-  const float share = 1.0f / static_cast<float>(sumOfLanesDouble(total));
-
-  float sums[maxHeadDim];
-  for (int64_t j = 0; j < headDim; ++j) sums[j] = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float weight = share * scratch[i];
-    overVectors(headDim, [&](int64_t j, auto part) {
-      store(sums + j, load(sums + j, part) + weight * load(v + i * valueStride + j, part), part);
-    });
-  }
-  overVectors(headDim, [&](int64_t j, auto part) { store(static_cast<T*>(out) + j, load(sums + j, part), part); });
-}
-
 template <class T>
 void fillTyped(TypedKernels& table) {
   table.attentionGroup = attentionGroup<T>;
-  table.attentionCachedHead = attentionCachedHead<T>;
   table.attentionScratch = attentionScratch<T>;
 }
 
@@ -223,6 +181,7 @@ void fillAttention(Kernels& table) {
   fillTyped<float>(table.f32);
   fillTyped<Bf16>(table.bf16);
   fillAttentionGrad(table);
+  fillAttentionCached(table);
 }
 
 }  // namespace lora_da::cpu::KERNEL_ISA

@@ -329,5 +329,6 @@ KERNEL_INLINE void maskRow(float* scores, int64_t vectors, int64_t query, int64_
 }
 
 void fillAttentionGrad(Kernels& table);
+void fillAttentionCached(Kernels& table);
 
 }  // namespace lora_da::cpu::KERNEL_ISA

@@ -40,6 +40,25 @@ inline constexpr int64_t attentionTile = 48;
   return (headDim + 15) / 16 * 16;
 }
 
+// The query heads [queries, headDim] of one new token that read one key head, over `rows` rows that are kept of it.
+struct CachedAttention {
+  const void* q = nullptr;
+  const void* keys = nullptr;
+  const void* values = nullptr;
+  int64_t keyStride = 0;
+  int64_t valueStride = 0;
+  int64_t rows = 0;
+  int64_t queries = 0;
+  int32_t headDim = 0;
+  float scale = 1;
+};
+// What is left of a part of the rows for each query head: its output [attentionRowWidth], not yet divided, its largest score
+// and its sum of exponentials.
+[[maybe_unused]] static int64_t cachedPartFloats(int32_t headDim) {
+  return attentionRowWidth(headDim) + 2;
+}
+inline constexpr int64_t mostCachedParts = 64;
+
 // Columns of a panel (see product_kernels.cpp): three vectors.
 inline constexpr int64_t panelCols = 48;
 // A multiple of the height of every tile that a panel is multiplied in.
@@ -155,9 +174,10 @@ struct TypedKernels {
   int64_t stepDepth;
   // See moment_kernels.cpp; null where there is none. panel [rows, 24] = the columns of x [rows, cols], cols <= 24.
   void (*momentPanel)(const void* x, int64_t rows, int64_t stride, int64_t cols, double* panel);
-  // One query row of one head over `length` cached rows; `scratch` has `length` floats.
-  void (*attentionCachedHead)(const void* q, const void* keys, int64_t keyStride, const void* values, int64_t valueStride,
-                              int64_t length, const AttentionShape& shape, void* out, float* scratch);
+  // See attention_cached.cpp. parts [queries, cachedPartFloats] = .
+  void (*attentionCachedPart)(const CachedAttention& attention, float* parts);
+  // out [headDim] = one query head's attention from `count` parts of it, at most mostCachedParts.
+  void (*mergeCached)(const float* parts, int64_t count, int64_t stride, int32_t headDim, void* out);
 };
 
 struct Kernels {

@@ -2,6 +2,7 @@
 // the left operand.
 //
 // Written for AVX-512. Where an instruction set has no kernel here the table's entries stay null and oneDNN serves.
+#include "cpu/kernels/dots.h"
 #include "cpu/kernels/panels.h"
 
 #if defined(__AVX512F__)
@@ -210,20 +211,6 @@ void addOuter(const OuterSum& p) {
 
 // --- one row: decoding reads every weight once and is bound by memory ---
 
-template <class T, class S, class P>
-KERNEL_INLINE Vec addDot(Vec sum, const T* x, const S* w, P part) {
-  return sum + load(x, part) * load(w, part);
-}
-#if defined(__AVX512BF16__)
-// 32 elements at a time where both are bfloat16.
-KERNEL_INLINE Vec addPairs(Vec sum, const Bf16* x, const Bf16* w) {
-  Vec left, right;
-  __builtin_memcpy(&left, x, sizeof left);
-  __builtin_memcpy(&right, w, sizeof right);
-  return Step<Bf16>::add(sum, left, right);
-}
-#endif
-
 // One row's products, lane by lane. Memory is read in order and asked for well ahead: prefetchers stop at the end of a page.
 template <class T, class S>
 KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
@@ -236,7 +223,7 @@ KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
         __builtin_prefetch(reinterpret_cast<const char*>(w + i + 2 * v * lanes) + ahead);
-        sums[v] = addPairs(sums[v], x + i + 2 * v * lanes, w + i + 2 * v * lanes);
+        sums[v] = addWide(sums[v], x + i + 2 * v * lanes, w + i + 2 * v * lanes);
       }
     }
   }
@@ -250,17 +237,6 @@ KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
   }
   overVectors(depth - i, [&](int64_t j, auto part) { sums[0] = addDot(sums[0], x + i + j, w + i + j, part); });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// The sums of the lanes of 16 vectors, side by side.
-KERNEL_INLINE Vec sumsOfLanes(Vec (&sums)[lanes]) {
-  transpose(sums);
-#pragma GCC unroll 4
-  for (int half = lanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  return sums[0];
 }
 
 template <class T, class S>
@@ -325,15 +301,6 @@ void multiplyRowOf(const void* x, const void* panel, DType type, int64_t depth, 
 
 // --- few columns: lanes run along the depth, so that none is idle and nothing is laid out ---
 
-KERNEL_INLINE Vec addLine(Vec sum, const float* x, const float* b) {
-  return addDot(sum, x, b, Whole{});
-}
-#if defined(__AVX512BF16__)
-KERNEL_INLINE Vec addLine(Vec sum, const Bf16* x, const Bf16* b) {
-  return addPairs(sum, x, b);
-}
-#endif
-
 template <class T, int rows>
 KERNEL_INLINE void multiplyThinRows(const Matrix& x, const T* const (&columns)[thinCols], float scale, const Matrix& y,
                                     int64_t row) {
@@ -350,7 +317,7 @@ KERNEL_INLINE void multiplyThinRows(const Matrix& x, const T* const (&columns)[t
   int64_t d = 0;
   for (; d + line <= x.cols; d += line) {
     askForLines<rows>(in + rows * x.stride + d, x.stride);
-    overSums([&](Vec& sum, const T* left, const T* right) { sum = addLine(sum, left + d, right + d); });
+    overSums([&](Vec& sum, const T* left, const T* right) { sum = addWide(sum, left + d, right + d); });
   }
   overVectors(x.cols - d, [&](int64_t i, auto part) {
     overSums([&](Vec& sum, const T* left, const T* right) { sum = addDot(sum, left + d + i, right + d + i, part); });
