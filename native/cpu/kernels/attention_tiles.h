@@ -213,7 +213,7 @@ template <bool forWriting = false, class T>
 KERNEL_INLINE void prefetchRows(const T* from, int64_t stride, int64_t rows, int64_t headDim) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < headDim; j += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(from + i * stride + j, forWriting);
+      __builtin_prefetch(from + i * stride + j, forWriting, 2);
     }
   }
 }

@@ -211,10 +211,17 @@ void addOuter(const OuterSum& p) {
 
 // --- one row: decoding reads every weight once and is bound by memory ---
 
-// One row's products, lane by lane. Memory is read in order and asked for well ahead: prefetchers stop at the end of a page.
+// Asks for memory that is read in order, well ahead, since prefetchers stop at the end of a page; into the second-level cache,
+// since the nearest has too few places for what has to be under way.
+template <class S>
+KERNEL_INLINE void askAhead(const S* now) {
+  constexpr int64_t ahead = 4096;  // bytes
+  __builtin_prefetch(reinterpret_cast<const char*>(now) + ahead, 0, 2);
+}
+
+// One row's products, lane by lane.
 template <class T, class S>
 KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
-  constexpr int64_t ahead = 4096;  // bytes
   Vec sums[4] = {};
   int64_t i = 0;
 #if defined(__AVX512BF16__)
@@ -222,7 +229,7 @@ KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
     for (; i + 8 * lanes <= depth; i += 8 * lanes) {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + i + 2 * v * lanes) + ahead);
+        askAhead(w + i + 2 * v * lanes);
         sums[v] = addWide(sums[v], x + i + 2 * v * lanes, w + i + 2 * v * lanes);
       }
     }
@@ -231,7 +238,7 @@ KERNEL_INLINE Vec dotLanes(const T* x, const S* w, int64_t depth) {
   for (; i + 4 * lanes <= depth; i += 4 * lanes) {
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w + i + v * lanes) + ahead);
+      askAhead(w + i + v * lanes);
       sums[v] = addDot(sums[v], x + i + v * lanes, w + i + v * lanes, Whole{});
     }
   }
@@ -260,13 +267,12 @@ void dotRowsOf(const void* x, const void* w, DType type, int64_t stride, int64_t
 // not wait for one another.
 template <class T, class S, int vectors>
 void multiplyRowVectors(const T* x, const float* panel, int64_t depth, float* y) {
-  constexpr int64_t ahead = 4096;  // bytes
   constexpr int64_t pair = Step<S>::depth;
   Vec sums[2][vectors] = {};
   const auto addStep = [&](int64_t i, const float* right, Vec(&sum)[vectors], bool whole) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(reinterpret_cast<const char*>(right + v * lanes) + ahead);
+      askAhead(right + v * lanes);
       const Vec w = load(right + v * lanes, Whole{});
       if constexpr (__is_same(T, S)) {
         sum[v] = Step<T>::add(sum[v], whole ? Step<T>::spread(x + i) : Step<T>::spreadLast(x + i), w);
