@@ -129,8 +129,6 @@ class CpuDevice : public Device {
   // head_loss.cpp
   void headLossByTiles(const Matrix& x, const CpuWeight& head, const int32_t* targets, const float* rowScale, float* losses,
                        const Matrix* dx);
-  void headLossByRows(const Matrix& x, const CpuWeight& head, const int32_t* targets, const float* rowScale, float* losses,
-                      const Matrix* dx);
   // Own products with panels of weights, or oneDNN's.
   bool hasPanels() const;
   // weights.cpp
@@ -143,7 +141,7 @@ class CpuDevice : public Device {
   float* panelScratch(size_t threadFloats);
   void runPanelJob(const PanelJob& job);
   // The products with outputs [firstOutput, firstOutput + y.cols) of the weight only, or dy.cols of them; firstOutput is a
-  // multiple of panelCols. dx is float32.
+  // multiple of panelCols. Without panels all of the outputs. dx is float32.
   void linearPart(const Matrix& x, const CpuWeight& w, int64_t firstOutput, const Matrix& y);
   void linearInputGradPart(const Matrix& dy, const CpuWeight& w, int64_t firstOutput, bool accumulate, const Matrix& dx);
   void linearRow(const Matrix& x, const CpuWeight& w, const float* bias, const Matrix* down, const UpProjection* up,

@@ -67,6 +67,7 @@ void CpuDevice::linearInputGrad(const Matrix& dy, const Weight& weight, const Ma
 }
 
 void CpuDevice::linearPart(const Matrix& x, const CpuWeight& w, int64_t firstOutput, const Matrix& y) {
+  if (!hasPanels()) return libraryLinear(x, w, nullptr, nullptr, nullptr, nullptr, y);
   PanelJob job{w, PanelJob::Side::forward, productOf(x, nullptr, y), y.cols, sizeOf(x.dtype), sizeOf(y.dtype)};
   job.firstOutput = firstOutput;
   runPanelJob(job);
@@ -74,6 +75,7 @@ void CpuDevice::linearPart(const Matrix& x, const CpuWeight& w, int64_t firstOut
 
 void CpuDevice::linearInputGradPart(const Matrix& dy, const CpuWeight& w, int64_t firstOutput, bool accumulate,
                                     const Matrix& dx) {
+  if (!hasPanels()) return libraryInputGrad(dy, w, nullptr, nullptr, dx);
   PanelJob job{w, PanelJob::Side::inputGrad, productOf(dy, nullptr, dx), w.in, sizeOf(dy.dtype), sizeOf(dx.dtype)};
   job.product.accumulate = accumulate;
   job.firstOutput = firstOutput;

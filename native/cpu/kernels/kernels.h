@@ -132,9 +132,6 @@ struct TypedKernels {
   void (*toFloat)(const void* x, float* y, int64_t count);
   // sums[j] += x[j]^2 over `rows` rows of `stride`.
   void (*squareSum)(const void* x, int64_t rows, int64_t cols, int64_t stride, double* sums);
-  // logits [vocabulary] of one row -> its loss; with dlogits (compute type; null: none; may be where the logits are) = scale *
-  // (softmax - onehot(target)).
-  float (*crossEntropy)(const float* logits, int32_t target, float scale, void* dlogits, int64_t vocabulary);
   // Takes in `count` logits, which are overwritten; `target` is the target's place among them, or outside of [0, count).
   // exponentials (compute type; null: not wanted; may be where the logits are) = e^(logit - largest), 0 for the target. Returns
   // the factor, at most 1, by which what earlier parts' exponentials went into has to be scaled.
