@@ -113,6 +113,15 @@ struct AttentionShape {
   int32_t window = 0;  // 0: causal; else a query at p sees keys p-window+1 .. p
 };
 
+// What the scratch of a step follows.
+struct StepShape {
+  int64_t labelRows = 0;
+  int64_t vocabulary = 0;
+  AttentionShape attention;
+  int64_t rows = 0;     // of all its sequences
+  int64_t longest = 0;  // of one of them
+};
+
 enum class Activation { silu, geluTanh, gelu };
 
 // One trainable tensor with its optimizer state, all float32 [count].
@@ -176,8 +185,8 @@ class Device {
   virtual void zero(void* device, size_t bytes) = 0;
   virtual void copy(void* to, const void* from, size_t bytes) = 0;  // device memory both
   virtual void synchronize() = 0;
-  // Bytes that the device's own scratch grows to in a step with so many label rows and this vocabulary.
-  virtual size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const = 0;
+  // Bytes that the device's own scratch grows to in such a step.
+  virtual size_t workspaceBytes(const StepShape& step) const = 0;
   // The same for secondMoment over so many rows of this width.
   virtual size_t momentWorkspaceBytes(int64_t rows, int64_t width) const = 0;
   // The same, for each worker of `concurrently`, for the Cholesky operations and lowestEigenpairs of `count` pairs on matrices of

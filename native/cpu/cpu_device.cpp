@@ -3,6 +3,8 @@
 #include <cblas.h>
 #include <omp.h>
 
+#include <algorithm>
+
 #include "core/cpu_info.h"
 #include "core/device_factory.h"
 #include "cpu/products.h"
@@ -23,6 +25,11 @@ CpuDevice::CpuDevice(const DeviceOptions& options)
 }
 
 CpuDevice::~CpuDevice() = default;
+
+// The two take turns in the same memory.
+size_t CpuDevice::workspaceBytes(const StepShape& step) const {
+  return std::max(headLossBytes(step.labelRows, step.vocabulary), attentionBytes(step.attention, step.rows, step.longest));
+}
 
 }  // namespace lora_da::cpu
 

@@ -37,9 +37,9 @@ class CpuDevice : public Device {
   void zero(void* device, size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override {}
-  size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override;  // head_loss.cpp: the head's
-  size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;      // second_moment.cpp
-  size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;          // dense.cpp
+  size_t workspaceBytes(const StepShape& step) const override;
+  size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override;  // second_moment.cpp
+  size_t denseWorkspaceBytes(int64_t n, int64_t count) const override;      // dense.cpp
   DeviceMemory memory() const override;
 
   // weights.cpp
@@ -83,7 +83,10 @@ class CpuDevice : public Device {
   void attentionCached(const Matrix& q, const Matrix& keys, const Matrix& values, const AttentionShape& shape,
                        const Matrix& out) override;
 
-  // head_loss.cpp
+  // attention_grad.cpp: of its scratch
+  size_t attentionBytes(const AttentionShape& shape, int64_t rows, int64_t longest) const;
+  // head_loss.cpp; the bytes of its scratch
+  size_t headLossBytes(int64_t rows, int64_t vocabulary) const;
   void headLoss(const Matrix& x, const Weight& head, const int32_t* targets, const float* rowScale, float* losses,
                 const Matrix* dx) override;
   void sumLosses(const float* losses, const float* scale, int64_t count, double* total) override;

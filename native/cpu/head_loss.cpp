@@ -149,8 +149,8 @@ void CpuDevice::headLossByTiles(const Matrix& x, const CpuWeight& head, const in
 }
 
 // Of one block that has all rows: blocks of fewer take no more.
-size_t CpuDevice::workspaceBytes(int64_t labelRows, int64_t vocabulary) const {
-  return Tiling::of(hasPanels(), labelRows, 1, vocabulary, computeType_).bytes();
+size_t CpuDevice::headLossBytes(int64_t rows, int64_t vocabulary) const {
+  return Tiling::of(hasPanels(), rows, 1, vocabulary, computeType_).bytes();
 }
 
 void CpuDevice::sumLosses(const float* losses, const float* scale, int64_t count, double* total) {

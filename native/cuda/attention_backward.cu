@@ -10,6 +10,7 @@
 // are keys.
 #include <algorithm>
 
+#include "core/integers.h"
 #include "cuda/attention_tiles.h"
 #include "cuda/cuda_device.h"
 
@@ -259,12 +260,28 @@ __global__ void __launch_bounds__(sumThreads)
 }
 
 // Blocks that share a key tile: a divisor of the group, so that GPUs of up to 132 multiprocessors get two blocks each.
-int32_t keyGradParts(int32_t keyTiles, const AttentionProblem& problem) {
+int32_t keyGradParts(int64_t keyTiles, const AttentionShape& shape) {
   constexpr int64_t enoughBlocks = 264;
-  for (int32_t parts = 1; parts < problem.group; ++parts) {
-    if (problem.group % parts == 0 && int64_t{keyTiles} * problem.kvHeads * parts >= enoughBlocks) return parts;
+  const int32_t group = shape.heads / shape.kvHeads;
+  for (int32_t parts = 1; parts < group; ++parts) {
+    if (group % parts == 0 && keyTiles * shape.kvHeads * parts >= enoughBlocks) return parts;
   }
-  return problem.group;
+  return group;
+}
+
+// Scratch, in floats: each row's statistics, and what is added up.
+struct GradScratch {
+  int32_t parts;
+  int64_t stride, statistics, partFloats;
+
+  int64_t floats() const { return 2 * statistics + 2 * partFloats; }
+};
+
+template <class Plan>
+GradScratch gradScratch(const AttentionShape& shape, int64_t rows) {
+  const int32_t parts = keyGradParts(ceilDiv(rows, attentionWarps * Plan::KeyMath::warpRows), shape);
+  const int64_t stride = (rows + 3) / 4 * 4;
+  return {parts, stride, shape.heads * stride, parts > 1 ? parts * rows * shape.kvHeads * shape.headDim : 0};
 }
 
 // The matrices as kernels take them.
@@ -334,24 +351,32 @@ void CudaDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v
     using Plan = decltype(plan);
     using Element = typename Plan::KeyMath::Element;
     const AttentionProblem problem = attentionProblem(sequences, shape, q, k, v, out, dout, dq, dk, dv);
-    const int32_t parts = keyGradParts(ceilDivide(problem.rows, attentionWarps * Plan::KeyMath::warpRows), problem);
-    const int64_t stride = (q.rows + 3) / 4 * 4, statisticFloats = shape.heads * stride;
-    const int64_t partFloats = parts > 1 ? parts * dk.rows * dk.cols : 0;
-    auto* memory = static_cast<float*>(scratch(static_cast<size_t>(2 * statisticFloats + 2 * partFloats) * sizeof(float)));
+    const GradScratch sizes = gradScratch<Plan>(shape, q.rows);
+    auto* memory = static_cast<float*>(scratch(static_cast<size_t>(sizes.floats()) * sizeof(float)));
     const GradOperands<Element> operands{problem,
                                          rowsOf<const Element>(q),
                                          rowsOf<const Element>(k),
                                          rowsOf<const Element>(v),
                                          rowsOf<const Element>(dout),
-                                         {memory, memory + statisticFloats, stride}};
+                                         {memory, memory + sizes.statistics, sizes.stride}};
     launchDelta(queue_, operands, out, lse);
-    if (parts > 1)
-      launchKeyGradInParts<Plan>(queue_, operands, parts, memory + 2 * statisticFloats, dk, dv);
+    if (sizes.parts > 1)
+      launchKeyGradInParts<Plan>(queue_, operands, sizes.parts, memory + 2 * sizes.statistics, dk, dv);
     else
       launchKeyGrad<Plan>(queue_, operands, 1, KeyGrad<Element>{rowsOf<Element>(dk), 0},
                           KeyGrad<Element>{rowsOf<Element>(dv), 0});
     launchQueryGrad<Plan>(queue_, operands, dq);
   });
+}
+
+// The head's scratch is apart.
+size_t CudaDevice::workspaceBytes(const StepShape& step) const {
+  size_t attention = 0;
+  withAttentionPlan<GradPlan>(computeType_, step.attention.headDim, [&](auto plan) {
+    const GradScratch sizes = gradScratch<decltype(plan)>(step.attention, step.rows);
+    attention = static_cast<size_t>(sizes.floats()) * sizeof(float);
+  });
+  return attention + headLossBytes(step.labelRows, step.vocabulary);
 }
 
 }  // namespace lora_da::cuda

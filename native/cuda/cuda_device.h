@@ -88,7 +88,7 @@ class CudaDevice : public Device {
                        const Matrix& out) override;
 
   // head_loss.cu
-  size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override;
+  size_t workspaceBytes(const StepShape& step) const override;
   void headLoss(const Matrix& x, const Weight& head, const int32_t* targets, const float* rowScale, float* losses,
                 const Matrix* dx) override;
   void sumLosses(const float* losses, const float* scale, int64_t count, double* total) override;
@@ -118,6 +118,8 @@ class CudaDevice : public Device {
   Queue& queue() { return queue_; }
 
  private:
+  // head_loss.cu: the bytes of its scratch
+  size_t headLossBytes(int64_t rows, int64_t vocabulary) const;
   // An operation's scratch is free for the next one, since the stream keeps their order; an operation that calls another one
   // keeps a Scratch of its own.
   void* scratch(size_t bytes) { return scratch_.reserve(*this, bytes, "scratch of the CUDA device"); }

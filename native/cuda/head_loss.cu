@@ -164,8 +164,8 @@ void crossEntropy(Queue& queue, const Matrix& logits, const int32_t* targets, co
 
 }  // namespace
 
-size_t CudaDevice::workspaceBytes(int64_t labelRows, int64_t vocabulary) const {
-  const Chunk chunk = chunkFor(labelRows, vocabulary, computeType_);
+size_t CudaDevice::headLossBytes(int64_t rows, int64_t vocabulary) const {
+  const Chunk chunk = chunkFor(rows, vocabulary, computeType_);
   return static_cast<size_t>(chunk.logitBytes + chunk.gradientBytes);
 }
 

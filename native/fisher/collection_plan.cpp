@@ -45,16 +45,17 @@ size_t solveBytes(Decoder& model, const CollectionWork& work) {
 }
 
 size_t deviceBytes(Decoder& model, const CollectionWork& work) {
-  int64_t rows = 0, labels = 0, in = 0;
+  int64_t rows = 0, labels = 0, longest = 0, in = 0;
   for (const PackedBatch& batch : work.batches) {
     rows = std::max(rows, batch.rows);
     labels = std::max(labels, batch.paddedLabelRows);
+    longest = std::max(longest, batch.maxLength);
   }
   for (size_t i = 0; i < work.wanted.size(); ++i) {
     if (work.wanted[i]) in = std::max(in, model.projections()[i]->in);
   }
   // Whether the two share their memory is the device's own affair.
-  return model.device().momentWorkspaceBytes(rows, in) + model.device().workspaceBytes(labels, model.spec().vocabSize);
+  return model.device().momentWorkspaceBytes(rows, in) + model.device().workspaceBytes(model.stepShape(rows, labels, longest));
 }
 
 size_t activationBytes(Decoder& model, const CollectionWork& work, bool layerByLayer) {

@@ -1,5 +1,6 @@
 #include "model/decoder.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -234,6 +235,13 @@ std::vector<float> Decoder::mergedWeight(const std::string& module) {
   return merged;
 }
 
+StepShape Decoder::stepShape(int64_t rows, int64_t labelRows, int64_t longest) const {
+  const auto& windows = spec_.windows;
+  const bool full = std::find(windows.begin(), windows.end(), 0) != windows.end();
+  const int32_t window = full || windows.empty() ? 0 : *std::max_element(windows.begin(), windows.end());
+  return {labelRows, spec_.vocabSize, {spec_.heads, spec_.kvHeads, spec_.headDim, spec_.attentionScale, window}, rows, longest};
+}
+
 MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, int64_t maxLength, Recompute recompute) {
   tokens = std::min(tokens, std::max(device_->passTokens(), maxLength));
   labelTokens = std::min(labelTokens, tokens);
@@ -244,7 +252,7 @@ MemoryPlan Decoder::planMemory(int64_t tokens, int64_t labelTokens, int64_t maxL
              {roundRows(tokens), roundRows(labelTokens), recompute == Recompute::layer ? Keep::layerInputs : Keep::all, true});
   plan.activations = arena.used();
   plan.adapters = lora_ ? lora_->bytes() : 0;
-  plan.workspace = device_->workspaceBytes(roundRows(labelTokens), spec_.vocabSize);
+  plan.workspace = device_->workspaceBytes(stepShape(roundRows(tokens), roundRows(labelTokens), maxLength));
   return plan;
 }
 

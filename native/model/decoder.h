@@ -90,6 +90,8 @@ class Decoder {
   std::vector<int32_t> generate(const GenerateOptions& options, const std::function<void(int32_t)>& onToken);
   // W + scaling B A in float32 [out, in].
   std::vector<float> mergedWeight(const std::string& module);
+  // What the device's scratch follows, for the layer whose attention sees most.
+  StepShape stepShape(int64_t rows, int64_t labelRows, int64_t longest) const;
   // Of a training step; maxLength: of its sequences.
   MemoryPlan planMemory(int64_t tokens, int64_t labelTokens, int64_t maxLength, Recompute recompute);
 

@@ -39,9 +39,7 @@ class GuardedDevice : public Device {
   void zero(void* device, size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override;
   void synchronize() override;
-  size_t workspaceBytes(int64_t labelRows, int64_t vocabulary) const override {
-    return device_->workspaceBytes(labelRows, vocabulary);
-  }
+  size_t workspaceBytes(const StepShape& step) const override { return device_->workspaceBytes(step); }
   size_t momentWorkspaceBytes(int64_t rows, int64_t width) const override { return device_->momentWorkspaceBytes(rows, width); }
   size_t denseWorkspaceBytes(int64_t n, int64_t count) const override { return device_->denseWorkspaceBytes(n, count); }
   DeviceMemory memory() const override { return device_->memory(); }

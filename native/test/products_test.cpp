@@ -429,7 +429,14 @@ DEVICE_TEST_CASE("the room that the plans count grows with what is to be done") 
   CHECK(device->momentWorkspaceBytes(64, 33) <= device->momentWorkspaceBytes(64, 576));
   CHECK(device->momentWorkspaceBytes(64, 576) <= device->momentWorkspaceBytes(1024, 576));
   CHECK(device->momentWorkspaceBytes(1024, 576) < size_t{1} << 30);
-  CHECK(device->workspaceBytes(64, 1000) > 0);
-  CHECK(device->workspaceBytes(64, 1000) <= device->workspaceBytes(64, 49152));
-  CHECK(device->workspaceBytes(64, 49152) <= device->workspaceBytes(1024, 49152));
+  const AttentionShape heads{9, 3, 64, 0.125f, 0};
+  const auto bytes = [&](int64_t labels, int64_t vocabulary, int64_t rows, int64_t longest) {
+    return device->workspaceBytes({labels, vocabulary, heads, rows, longest});
+  };
+  CHECK(bytes(64, 1000, 64, 64) > 0);
+  CHECK(bytes(64, 1000, 64, 64) <= bytes(64, 49152, 64, 64));
+  CHECK(bytes(64, 49152, 64, 64) <= bytes(1024, 49152, 64, 64));
+  CHECK(bytes(64, 1000, 64, 64) < bytes(64, 1000, 1024, 1024));
+  CHECK(bytes(64, 1000, 1024, 1024) < bytes(64, 1000, 8192, 8192));
+  CHECK(bytes(64, 1000, 8192, 8192) < size_t{1} << 30);
 }
