@@ -11,6 +11,21 @@ namespace lora_da::cpu {
 
 namespace {
 
+char* rowOf(const Matrix& m, int64_t i) {
+  return m.as<char>() + i * m.stride * static_cast<int64_t>(sizeOf(m.dtype));
+}
+float* floatRow(const Matrix& m, int64_t i) {
+  return m.as<float>() + i * m.stride;
+}
+
+// Asks the second-level cache for a row that is worked on soon: prefetchers begin anew with every short row.
+constexpr int64_t rowsAhead = 4;
+void askForRow(const Matrix& m, int64_t i) {
+  constexpr int64_t line = 64;
+  const char* row = rowOf(m, i);
+  for (int64_t at = 0; at < m.cols * static_cast<int64_t>(sizeOf(m.dtype)); at += line) __builtin_prefetch(row + at, 0, 2);
+}
+
 // body(i) for each row, split evenly and in order among the threads.
 template <class Body>
 void overRows(int64_t rows, int threads, const Body& body) {
@@ -23,13 +38,6 @@ const TypedKernels& of(const Kernels& kernels, DType type) {
   if (type == DType::f32) return kernels.f32;
   if (type == DType::bf16) return kernels.bf16;
   throw Error(code::internal, std::string("elementwise operations take float32 and bfloat16, not ") + nameOf(type));
-}
-
-char* rowOf(const Matrix& m, int64_t i) {
-  return m.as<char>() + i * m.stride * static_cast<int64_t>(sizeOf(m.dtype));
-}
-float* floatRow(const Matrix& m, int64_t i) {
-  return m.as<float>() + i * m.stride;
 }
 
 void requireHeadDim(int32_t headDim, int64_t pairs) {
@@ -91,6 +99,7 @@ void CpuDevice::rope(const Matrix& in, int32_t heads, int32_t headDim, const Hea
   const auto rope = of(kernels_, in.dtype).rope;
   overRows(in.rows, threads_, [&](int64_t i) {
     const int64_t at = positions[i] * rotary.pairs;
+    askForRow(in, i + rowsAhead);
     rope(rowOf(in, i), heads, headDim, norm.weight, norm.epsilon, rotary.cos + at, rotary.sin + at, rotary.pairs, rowOf(out, i),
          norm.weight ? rstd + i * heads : nullptr);
   });
@@ -102,6 +111,7 @@ void CpuDevice::ropeGrad(const Matrix& d, const Matrix& in, int32_t heads, int32
   const auto ropeGrad = of(kernels_, d.dtype).ropeGrad;
   overRows(d.rows, threads_, [&](int64_t i) {
     const int64_t at = positions[i] * rotary.pairs;
+    askForRow(d, i + rowsAhead);
     ropeGrad(rowOf(d, i), norm.weight ? rowOf(in, i) : nullptr, heads, headDim, norm.weight, rotary.cos + at, rotary.sin + at,
              rotary.pairs, norm.weight ? rstd + i * heads : nullptr);
   });

@@ -39,12 +39,21 @@ const float* forwardPanel(const TypedKernels& kernels, const CpuWeight& w, int64
   return panel;
 }
 
+// Asks the second-level cache for what turnPanels reads of a panel.
+void askForColumns(const CpuWeight& w, int64_t output, int64_t col, int64_t cols) {
+  constexpr int64_t lineFloats = 16;
+  const int64_t width = roundUp(w.panelWidth(output), 16), pair = w.dtype == DType::bf16 ? 2 : 1;
+  const float* from = w.panel(output) + col / pair * width;
+  for (int64_t at = 0; at < ceilDiv(cols, pair) * width; at += lineFloats) __builtin_prefetch(from + at, 0, 2);
+}
+
 // The panel of dx = dy W, of which the weight's rows are the depth, from panels.
 void turnPanels(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col, int64_t cols,
                 float* panel) {
   const int64_t width = roundUp(cols, 16);
   for (int64_t done = 0; done < depths; done += panelCols) {
     const int64_t output = depth + done, count = std::min(panelCols, depths - done);
+    if (done + 2 * panelCols < depths) askForColumns(w, output + 2 * panelCols, col, cols);
     kernels.turnPanel(w.panel(output), w.dtype, w.steps(), w.panelWidth(output), col, cols, count,
                       panel + done / kernels.stepDepth * width);
   }

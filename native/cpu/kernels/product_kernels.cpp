@@ -43,12 +43,19 @@ KERNEL_INLINE void addStep(Vec (&sum)[rows][vectors], const Factor<T>& factor, i
 template <class T>
 inline constexpr int64_t lineSteps = 64 / (static_cast<int64_t>(sizeof(T)) * Step<T>::depth);
 
-// Asks the second-level cache for a line of each of the next tile's rows: they are far apart, and prefetchers begin anew with
-// every row.
+// Asks the second-level cache for a line of each of some rows to come: they are far apart, and prefetchers begin anew with every
+// row.
 template <int rows, class T>
 KERNEL_INLINE void askForLines(const T* x, int64_t stride) {
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) __builtin_prefetch(x + i * stride, 0, 2);
+}
+
+// The same for what is added to a tile.
+template <int rows, int vectors>
+KERNEL_INLINE void askForTile(const float* y, int64_t stride) {
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) askForLines<rows>(y + v * lanes, stride);
 }
 
 template <class Y, class P>
@@ -81,6 +88,7 @@ __attribute__((noinline)) void multiplyTile(const PanelProduct& p, int64_t row) 
       value = load(static_cast<const float*>(p.y) + r * p.yStride + col, part);
     });
   }
+  if (p.residual) askForTile<rows, vectors>(p.residual + row * p.residualStride, p.residualStride);
   // Both factors in one loop: the sums of two loops would go to memory between them.
   const Factor<T> factors[] = {
       {static_cast<const T*>(p.x) + row * p.xStride, p.xStride, p.depth, static_cast<const float*>(p.panel)},
@@ -133,11 +141,22 @@ void multiplyPanel(const PanelProduct& p) {
 
 // --- sums over rows: c += a^T b, for gradients of thin factors ---
 
+// Rows and columns of b that stay in the nearest cache for all rows of c.
+constexpr int64_t outerRows = 128;
+constexpr int64_t outerCols = 4 * lanes;
+
+template <class T>
+KERNEL_INLINE void askForColumns(const T* row) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < outerCols; i += line) __builtin_prefetch(row + i, 0, 2);
+}
+
 // a is laid out as pairs (see packRows, one column block of all its columns): [steps][k padded to lanes]. b is read as it lies,
-// in blocks of rows that stay in the nearest cache.
+// in blocks; `next` elements on is the block after it, which the second-level cache is asked for.
 template <class T, int rows, int vectors>
 KERNEL_INLINE void addOuterTile(const float* left, int64_t leftStride, const T* b, int64_t bStride, int64_t bRows, int64_t count,
-                                float* c, int64_t cStride) {
+                                int64_t next, float* c, int64_t cStride) {
   constexpr int64_t stepDepth = Step<T>::depth;
   const int64_t lastCols = count - (vectors - 1) * lanes;
   Vec sum[rows][vectors];
@@ -158,6 +177,8 @@ KERNEL_INLINE void addOuterTile(const float* left, int64_t leftStride, const T* 
   for (int64_t t = 0; t < bRows; t += stepDepth) {
     const T* upper = b + t * bStride;
     const T* lower = stepDepth > 1 && t + 1 < bRows ? upper + bStride : nullptr;
+    askForColumns(upper + next);
+    if (lower) askForColumns(lower + next);
     Vec right[vectors];
     if (lastCols == lanes) {
       wholeSteps<T, vectors>(upper, lower, right);
@@ -179,8 +200,9 @@ KERNEL_INLINE void addOuterTile(const float* left, int64_t leftStride, const T* 
 
 template <class T, int vectors>
 void addOuterColumns(const OuterSum& p, const float* left, const T* b, int64_t bRows, int64_t col, int64_t count) {
+  const int64_t next = col + count < p.cols ? count : outerRows * p.bStride - col;
   const auto tile = [&](auto rows, int64_t row) {
-    addOuterTile<T, decltype(rows)::value, vectors>(left + row, p.leftStride, b + col, p.bStride, bRows, count,
+    addOuterTile<T, decltype(rows)::value, vectors>(left + row, p.leftStride, b + col, p.bStride, bRows, count, next,
                                                     p.c + row * p.cStride + col, p.cStride);
   };
   int64_t row = 0;
@@ -188,17 +210,14 @@ void addOuterColumns(const OuterSum& p, const float* left, const T* b, int64_t b
   for (; row < p.leftCols; ++row) tile(std::integral_constant<int, 1>{}, row);
 }
 
-// A block of b's rows and columns is small enough to be still in the nearest cache for all rows of c.
 template <class T>
 void addOuter(const OuterSum& p) {
-  constexpr int64_t blockRows = 128;
-  constexpr int64_t blockCols = 4 * lanes;
-  for (int64_t first = 0; first < p.rows; first += blockRows) {
-    const int64_t rows = p.rows - first < blockRows ? p.rows - first : blockRows;
+  for (int64_t first = 0; first < p.rows; first += outerRows) {
+    const int64_t rows = p.rows - first < outerRows ? p.rows - first : outerRows;
     const float* left = static_cast<const float*>(p.left) + first / Step<T>::depth * p.leftStride;
     const T* b = static_cast<const T*>(p.b) + first * p.bStride;
-    for (int64_t col = 0; col < p.cols; col += blockCols) {
-      const int64_t count = p.cols - col < blockCols ? p.cols - col : blockCols;
+    for (int64_t col = 0; col < p.cols; col += outerCols) {
+      const int64_t count = p.cols - col < outerCols ? p.cols - col : outerCols;
       switch ((count + lanes - 1) / lanes) {
         case 1: addOuterColumns<T, 1>(p, left, b, rows, col, count); break;
         case 2: addOuterColumns<T, 2>(p, left, b, rows, col, count); break;
@@ -310,7 +329,7 @@ void multiplyRowOf(const void* x, const void* panel, DType type, int64_t depth, 
 template <class T, int rows>
 KERNEL_INLINE void multiplyThinRows(const Matrix& x, const T* const (&columns)[thinCols], float scale, const Matrix& y,
                                     int64_t row) {
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T)), rowsAhead = 8;
   const T* in = static_cast<const T*>(x.data) + row * x.stride;
   Vec sums[lanes] = {};
   const auto overSums = [&](auto&& body) {
@@ -322,7 +341,7 @@ KERNEL_INLINE void multiplyThinRows(const Matrix& x, const T* const (&columns)[t
   };
   int64_t d = 0;
   for (; d + line <= x.cols; d += line) {
-    askForLines<rows>(in + rows * x.stride + d, x.stride);
+    askForLines<rows>(in + rowsAhead * x.stride + d, x.stride);
     overSums([&](Vec& sum, const T* left, const T* right) { sum = addWide(sum, left + d, right + d); });
   }
   overVectors(x.cols - d, [&](int64_t i, auto part) {
