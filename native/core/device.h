@@ -185,7 +185,7 @@ class Device {
   virtual void zero(void* device, size_t bytes) = 0;
   virtual void copy(void* to, const void* from, size_t bytes) = 0;  // device memory both
   virtual void synchronize() = 0;
-  // Bytes that the device's own scratch grows to in such a step.
+  // About the bytes that the device's own scratch grows to in such a step, or in one of fewer rows.
   virtual size_t workspaceBytes(const StepShape& step) const = 0;
   // The same for secondMoment over so many rows of this width.
   virtual size_t momentWorkspaceBytes(int64_t rows, int64_t width) const = 0;

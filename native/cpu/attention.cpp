@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/error.h"
 #include "core/integers.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/cpu_device.h"
@@ -11,12 +12,8 @@ namespace lora_da::cpu {
 
 namespace {
 
-// Decoding: rows of a part, at least.
+// Decoding: about the rows of a part, at least.
 constexpr int64_t cachedPartRows = 64;
-
-constexpr size_t cacheLines(size_t bytes) {
-  return (bytes + 63) / 64 * 64;
-}
 
 }  // namespace
 
@@ -61,6 +58,7 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
 void CpuDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matrix& values, const AttentionShape& shape,
                                 const Matrix& out) {
   requireAttentionShape(shape, q, keys);
+  if (keys.rows < 1) throw Error(code::internal, "attention over an empty cache");
   const TypedKernels& kernels = typed(q.dtype);
   const int64_t first = shape.window > 0 ? std::max<int64_t>(keys.rows - shape.window, 0) : 0, count = keys.rows - first;
   // The same cuts for any number of threads, so that sums are. Neighbouring items are key heads of the same rows.

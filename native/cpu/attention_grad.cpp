@@ -18,10 +18,6 @@ constexpr size_t gradPartBytes = size_t{256} << 20;
 // Stands for the only task of a key head: its dk and dv need no sum.
 constexpr int64_t noPart = -1;
 
-constexpr size_t cacheLines(size_t bytes) {
-  return (bytes + 63) / 64 * 64;
-}
-
 struct Task : AttentionTask {
   int64_t part = 0;  // where its dk starts among the parts, in floats; dv follows. Or noPart
 };
@@ -88,7 +84,7 @@ struct GradPlan {
   }
 };
 
-// Rows [first, first + rows) of one key head's dk, or dv where `second`: the sum of its tasks' parts, in the compute type.
+// A row of one key head's dk and dv: the sums of its tasks' parts, in the compute type.
 struct PartSum {
   const Kernels& kernels;
   const Task* tasks;
@@ -208,10 +204,16 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
   zeroPadding(dv, padding);
 }
 
+// With sequences that are all as long as the longest, or just too long for one task, each of which may take more than the other.
 size_t CpuDevice::attentionBytes(const AttentionShape& shape, int64_t rows, int64_t longest) const {
-  std::vector<int32_t> starts{0};
-  while (starts.back() < rows) starts.push_back(static_cast<int32_t>(std::min(starts.back() + longest, rows)));
-  return scratchOf({starts, shape}, typed(computeType_)).bytes(threads_);
+  longest = std::max<int64_t>(longest, 1);
+  size_t bytes = 0;
+  for (const int64_t length : {longest, std::min(longest, attentionTask(shape, 0, longest, 0, 0).queryCount + 1)}) {
+    std::vector<int32_t> starts{0};
+    while (starts.back() < rows) starts.push_back(static_cast<int32_t>(std::min(starts.back() + length, rows)));
+    bytes = std::max(bytes, scratchOf({starts, shape}, typed(computeType_)).bytes(threads_));
+  }
+  return bytes;
 }
 
 }  // namespace lora_da::cpu

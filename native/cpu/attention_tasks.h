@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/device.h"
+#include "cpu/cache_lines.h"
 #include "cpu/kernels/kernels.h"
 
 namespace lora_da::cpu {

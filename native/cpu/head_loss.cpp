@@ -7,13 +7,15 @@
 //
 // Own products go through the vocabulary tile by tile, so that each part of the head is read, and laid out for its input
 // gradient, once for all rows, and logits never leave the cache. oneDNN's weights are packed as a whole: there a tile is a few
-// rows of the whole vocabulary, and the target's place in it takes -(sum of q).
+// rows of the whole vocabulary, and the target's place in it takes -(sum of q), rounded as the others are.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/integers.h"
+#include "cpu/cache_lines.h"
 #include "cpu/cpu_device.h"
 #include "cpu/cpu_weight.h"
 #include "cpu/panels.h"
@@ -41,8 +43,8 @@ class Tiling {
   static Tiling of(bool panels, int64_t allRows, int64_t width, int64_t vocabulary, DType type) {
     return panels ? ofPanels(allRows, width, vocabulary, type) : ofRows(allRows, vocabulary, type);
   }
-  size_t logitBytes() const { return static_cast<size_t>(rows * stride) * sizeof(float); }
-  size_t softmaxBytes() const { return static_cast<size_t>(roundUp(rows * static_cast<int64_t>(sizeof(RunningSoftmax)), 64)); }
+  size_t logitBytes() const { return cacheLines(static_cast<size_t>(rows * stride) * sizeof(float)); }
+  size_t softmaxBytes() const { return cacheLines(static_cast<size_t>(rows) * sizeof(RunningSoftmax)); }
   size_t bytes() const { return logitBytes() + exponentialBytes + softmaxBytes(); }
 
  private:
@@ -56,12 +58,12 @@ class Tiling {
     tiling.stride = tiling.cols + 16;
     return tiling;
   }
-  // oneDNN takes operands whose rows lie together.
+  // oneDNN is given operands whose rows lie together.
   static Tiling ofRows(int64_t allRows, int64_t vocabulary, DType type) {
     Tiling tiling;
     tiling.rows = std::min(allRows, libraryChunkRows);
     tiling.cols = tiling.stride = vocabulary;
-    if (type != DType::f32) tiling.exponentialBytes = static_cast<size_t>(tiling.rows * vocabulary) * sizeOf(type);
+    if (type != DType::f32) tiling.exponentialBytes = cacheLines(static_cast<size_t>(tiling.rows * vocabulary) * sizeOf(type));
     return tiling;
   }
 };
@@ -73,6 +75,8 @@ struct RowLoss {
 };
 
 RowLoss lossOf(const RunningSoftmax& row) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  if (row.targetLogit == std::numeric_limits<float>::infinity()) return {nan, nan};  // infinity less infinity
   const double target = static_cast<double>(row.targetLogit), largest = static_cast<double>(row.largest);
   const double peak = std::max(target, largest);
   const double scale = std::exp(largest - peak), others = row.sum * scale;
@@ -98,8 +102,9 @@ void CpuDevice::headLoss(const Matrix& x, const Weight& weight, const int32_t* t
 void CpuDevice::headLossByTiles(const Matrix& x, const CpuWeight& head, const int32_t* targets, const float* rowScale,
                                 float* losses, const Matrix* dx) {
   const int64_t rows = x.rows, width = x.cols;
-  const Tiling tiling = Tiling::of(hasPanels(), rows, width, head.out, computeType_);
-  const bool whole = tiling.cols >= head.out;
+  Tiling tiling = Tiling::of(hasPanels(), rows, width, head.out, computeType_);
+  if (!dx) tiling.exponentialBytes = 0;
+  const bool whole = !hasPanels();
   const TypedKernels& kernels = typed();
 
   // Scratch: the tile, the rows' running sums, and for each thread a row of the head.
@@ -118,7 +123,7 @@ void CpuDevice::headLossByTiles(const Matrix& x, const CpuWeight& head, const in
                                     : Matrix{memory, computeType_, rows, count,
                                              tiling.stride * static_cast<int64_t>(sizeof(float) / sizeOf(computeType_))};
     linearPart(x, head, first, logits);
-#pragma omp parallel for num_threads(threads_) schedule(dynamic, 16)
+#pragma omp parallel for num_threads(threads_) schedule(dynamic, 4)
     for (int64_t i = 0; i < rows; ++i) {
       RunningSoftmax& row = softmax[i];
       const Matrix to = exponentials.rowRange(i, 1);

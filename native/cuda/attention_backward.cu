@@ -369,14 +369,16 @@ void CudaDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v
   });
 }
 
-// The head's scratch is apart.
+// The head's scratch is apart. A step of fewer rows may be cut into more parts, and need more.
 size_t CudaDevice::workspaceBytes(const StepShape& step) const {
-  size_t attention = 0;
+  constexpr int64_t rowGrain = 64;
+  int64_t floats = 0;
   withAttentionPlan<GradPlan>(computeType_, step.attention.headDim, [&](auto plan) {
-    const GradScratch sizes = gradScratch<decltype(plan)>(step.attention, step.rows);
-    attention = static_cast<size_t>(sizes.floats()) * sizeof(float);
+    for (int64_t rows = std::min(rowGrain, step.rows); rows <= step.rows; rows += rowGrain) {
+      floats = std::max(floats, gradScratch<decltype(plan)>(step.attention, rows).floats());
+    }
   });
-  return attention + headLossBytes(step.labelRows, step.vocabulary);
+  return static_cast<size_t>(floats) * sizeof(float) + headLossBytes(step.labelRows, step.vocabulary);
 }
 
 }  // namespace lora_da::cuda

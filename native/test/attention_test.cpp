@@ -427,6 +427,44 @@ DEVICE_TEST_CASE("cached attention equals the definition for short and long cach
   }
 }
 
+// Sums of steps and parts are scaled to those of others, up and down.
+DEVICE_TEST_CASE("cached attention equals the definition where scores grow or fall along the keys") {
+  const AttentionShape shape = shapeOf(3, 1, 32);
+  const int64_t length = 500;
+  for (DType type : {DType::f32, DType::bf16}) {
+    const auto device = tested.make(type);
+    for (const double slope : {0.05, -0.05, 2.0, -2.0}) {
+      const uint64_t seed = freshSeed();
+      INFO("seed ", seed, ", ", lora_da::nameOf(type), ", slope ", slope);
+      std::mt19937_64 random(seed);
+      TestMatrix q(*device, type, 1, 3 * 32), keys(*device, type, length, 32), values(*device, type, length, 32),
+          out(*device, type, 1, 3 * 32);
+      for (TestMatrix* m : {&q, &keys, &values}) m->randomize(random);
+      for (int64_t head = 0; head < 3; ++head) q.set(head * 32, 1.0);
+      for (int64_t i = 0; i < length; ++i) keys.set(i * 32, slope * static_cast<double>(i) / static_cast<double>(shape.scale));
+      const std::vector<double> expected = cachedReference(q, keys, values, shape);
+      device->attentionCached(q.view(), keys.view(), values.view(), shape, out.view());
+      const double rounding = std::ldexp(std::abs(slope) * length, -23);  // float32's of the scores, which exponentials take over
+      CHECK(relativeError(out, [&](int64_t, int64_t j) { return expected[static_cast<size_t>(j)]; }) <
+            tolerance(type) + rounding);
+    }
+  }
+}
+
+DEVICE_TEST_CASE("a NaN in a cached key reaches the query heads that read it") {
+  const AttentionShape shape = shapeOf(4, 2, 16);
+  for (const int64_t row : {0, 70, 299}) {
+    const auto device = tested.make(DType::f32);
+    std::mt19937_64 random(freshSeed());
+    TestMatrix q(*device, DType::f32, 1, 64), keys(*device, DType::f32, 300, 32), values(*device, DType::f32, 300, 32),
+        out(*device, DType::f32, 1, 64);
+    for (TestMatrix* m : {&q, &keys, &values}) m->randomize(random);
+    keys.set(row * 32 + 3, std::nan(""));
+    device->attentionCached(q.view(), keys.view(), values.view(), shape, out.view());
+    for (int64_t j = 0; j < 64; ++j) CHECK(std::isnan(out.at(0, j)) == (j < 32));
+  }
+}
+
 DEVICE_TEST_CASE("cached attention equals the last row of attention") {
   for (DType type : {DType::f32, DType::bf16}) {
     const auto device = tested.make(type);

@@ -1,5 +1,5 @@
 // Attention of one new token over rows that are kept (decoding). It is bound by memory: keys and values are read once, in order,
-// for all query heads of their key head. The rows are cut into parts that threads share (Dao et al. 2023, Flash-Decoding):
+// for up to four query heads of their key head. The rows are cut into parts that threads share (Dao et al. 2023, Flash-Decoding):
 //
 //   m = max s,  sum = sum of 2^(s - m),  out = sum of 2^(s - m) v      with s = scale log2(e) q k, over the rows of a part
 //
