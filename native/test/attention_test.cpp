@@ -444,7 +444,8 @@ DEVICE_TEST_CASE("cached attention equals the definition where scores grow or fa
       for (int64_t i = 0; i < length; ++i) keys.set(i * 32, slope * static_cast<double>(i) / static_cast<double>(shape.scale));
       const std::vector<double> expected = cachedReference(q, keys, values, shape);
       device->attentionCached(q.view(), keys.view(), values.view(), shape, out.view());
-      const double rounding = std::ldexp(std::abs(slope) * length, -23);  // float32's of the scores, which exponentials take over
+      // Float32's of the scores, which exponentials take over: the product, its scaling and log2(e), half a unit each.
+      const double rounding = 3 * std::ldexp(std::abs(slope) * length, -24);
       CHECK(relativeError(out, [&](int64_t, int64_t j) { return expected[static_cast<size_t>(j)]; }) <
             tolerance(type) + rounding);
     }
