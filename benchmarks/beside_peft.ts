@@ -2,7 +2,7 @@
 import { type Dtype, native } from '../lib/native';
 import { median, type Peer, runNode, runPython } from './harness';
 import type { Inputs, Work } from './inputs';
-import { type LimitFigures, measureLimit, middleRound } from './limit';
+import { type LimitFigures, measureLimit, middleRound } from './limit_program';
 import type { TrainFigures } from './train_ours';
 
 /** How often and for how long. */

@@ -33,7 +33,7 @@ import {
   table,
 } from './harness';
 import { Inputs } from './inputs';
-import { hasLimit, limitHint, measureBandwidth } from './limit';
+import { hasLimit, limitHint, measureBandwidth } from './limit_program';
 
 /** One side's rounds as one. */
 interface Side {

@@ -36,7 +36,7 @@ import {
 } from './harness';
 import type { InitFigures } from './init_ours';
 import { dataFile, Inputs, parseShape, type RowFile } from './inputs';
-import { hasLimit, type LimitFigures, limitHint, measureLimit, middleRound } from './limit';
+import { hasLimit, type LimitFigures, limitHint, measureLimit, middleRound } from './limit_program';
 
 /** What lora_da_authors.py prints. */
 interface AuthorsFigures {

@@ -1,78 +1,91 @@
-/** The matrix products of a step alone (limit.cpp): the figure that training and the start are a share of. */
-import { spawnSync } from 'node:child_process';
-import { existsSync } from 'node:fs';
-import { join } from 'node:path';
-import type { DecoderSpec, Dtype } from '../lib/native';
-import { BenchmarkError, median, root } from './harness';
+/**
+ * The matrix products of a training step, or of a start's collection, alone: the most that the library gives.
+ *
+ *     npm run bench:limit -- [--model DIR] [--rows 4x256|gsm8k|FILE] [--batch-size 8] [--dtype bfloat16,float32] [--collect]
+ *                            [--sweeps 3] [--threads 0] [--json]
+ */
+import { parseArgs } from 'node:util';
+import { native } from '../lib/native';
+import {
+  describeMachine,
+  describeModel,
+  dtypeList,
+  heading,
+  modelFolder,
+  noModel,
+  nonNegativeInteger,
+  positiveInteger,
+  runMain,
+  table,
+} from './harness';
+import { Inputs, prepareWork } from './inputs';
+import { hasLimit, type LimitFigures, limitHint, measureLimit } from './limit_program';
 
-const program = join(root, 'build/bench_limit');
+/** Of whose mean the products of rows of uneven length are. */
+const meanOfSteps = 8;
 
-export const limitHint = 'limit skipped: build/bench_limit is not there; build it with `npm run build:native`';
-
-/** Whether the build of this checkout has made the program. */
-export const hasLimit = () => existsSync(program);
-
-/** What the program prints. */
-export interface LimitFigures {
-  /** Median of the sweeps. */
-  seconds: number;
-  tokensPerSecond: number;
-  gigaflops: number;
-  /** Rows of the head's chunks, the fastest that were tried. */
-  headChunk: number;
-  threads: number;
-  /** Seconds of each kind of product. */
-  parts: { forward: number; inputGrad: number; head: number; gradient: number; moment: number };
-}
-
-export interface LimitWork {
-  spec: DecoderSpec;
-  dtype: Dtype;
-  /** Rows of a step's products. */
-  tokens: number;
-  /** Rows that go through the head. */
-  labels: number;
-  threads: number;
-  sweeps?: number;
-  /** Add the products of the LoRA-DA collection. */
-  collect?: boolean;
-}
-
-function run<T>(args: string[]): T {
-  const { status, signal, stdout, stderr, error } = spawnSync(program, args, { encoding: 'utf8' });
-  if (error || status !== 0) {
-    throw new BenchmarkError(`bench_limit: ${error?.message ?? (stderr.trim() || `ended by ${signal}`)}`, 1);
-  }
-  return JSON.parse(stdout);
-}
-
-const width = (linears: { out: number }[]) => linears.reduce((sum, { out }) => sum + out, 0);
-
-export function measureLimit({ spec, dtype, tokens, labels, threads, sweeps = 3, collect }: LimitWork): LimitFigures {
-  const numbers = {
-    hidden: spec.hiddenSize,
-    intermediate: spec.intermediateSize,
-    query: spec.heads * spec.headDim,
-    qkv: width(spec.attentionInputs),
-    vocab: spec.vocabSize,
-    layers: spec.layers,
-    tokens: Math.round(tokens),
-    labels: Math.max(1, Math.round(labels)),
-    threads,
-    sweeps,
+function options() {
+  const { values } = parseArgs({
+    options: {
+      model: { type: 'string' },
+      rows: { type: 'string', default: '4x256' },
+      'batch-size': { type: 'string', default: '8' },
+      dtype: { type: 'string', default: 'bfloat16,float32' },
+      collect: { type: 'boolean', default: false },
+      sweeps: { type: 'string', default: '3' },
+      threads: { type: 'string', default: '0' },
+      json: { type: 'boolean', default: false },
+    },
+  });
+  return {
+    model: modelFolder(values.model),
+    rows: values.rows,
+    batchSize: positiveInteger('batch-size', values['batch-size']),
+    dtypes: dtypeList(values.dtype),
+    collect: values.collect,
+    sweeps: positiveInteger('sweeps', values.sweeps),
+    threads: nonNegativeInteger('threads', values.threads),
+    json: values.json,
   };
-  const args = Object.entries(numbers).flatMap(([name, value]) => [`--${name}`, String(value)]);
-  return run([...args, '--dtype', dtype, ...(collect ? ['--collect'] : [])]);
 }
 
-/** Several rounds as one: the median round. */
-export function middleRound(rounds: LimitFigures[]): LimitFigures {
-  const seconds = median(rounds.map((round) => round.seconds));
-  const closest = (round: LimitFigures) => Math.abs(round.seconds - seconds);
-  return rounds.reduce((best, round) => (closest(round) < closest(best) ? round : best));
+function show(dtype: string, { tokensPerSecond, gigaflops, parts }: LimitFigures): string {
+  const named = Object.entries(parts).filter(([, seconds]) => seconds > 0);
+  return table([
+    [dtype, 'tokens/s', 'GFLOP/s', ...named.map(([name]) => `${name}, s`)],
+    [
+      'products alone',
+      tokensPerSecond.toFixed(0),
+      gigaflops.toFixed(0),
+      ...named.map(([, seconds]) => seconds.toFixed(3)),
+    ],
+  ]);
 }
 
-/** Bytes per second that all threads together read from memory. */
-export function measureBandwidth(threads: number): number {
-  return run<{ bytesPerSecond: number }>(['--bandwidth', '--threads', String(threads)]).bytesPerSecond;
+async function main(): Promise<void> {
+  const given = options();
+  if (!given.model) return console.log(noModel);
+  if (!hasLimit()) return console.log(limitHint);
+  const inputs = await Inputs.open(given.model);
+  try {
+    const work = await prepareWork(inputs, given.rows, { steps: meanOfSteps, warmup: 0, batchSize: given.batchSize });
+    if (!work) return console.log(`Rows ${given.rows}: skipped, the data are not here`);
+    const { tokens, labelTokens } = work.data;
+    const step = { tokens: tokens / meanOfSteps, labels: labelTokens / meanOfSteps };
+    const machine = describeMachine(given.threads, undefined);
+    const rows = `${given.rows}: ${step.tokens.toFixed(0)} tokens a step, ${step.labels.toFixed(0)} labelled`;
+    console.log(heading({ ...machine, model: describeModel(inputs), rows }));
+    const threads = given.threads > 0 ? given.threads : native().info().threads;
+    const results = given.dtypes.map((dtype) => {
+      const { spec } = inputs;
+      const figures = measureLimit({ spec, dtype, ...step, threads, sweeps: given.sweeps, collect: given.collect });
+      console.log(show(dtype, figures));
+      return { dtype, ...figures };
+    });
+    if (given.json) console.log(JSON.stringify({ machine, model: given.model, rows: given.rows, results }));
+  } finally {
+    inputs.remove();
+  }
 }
+
+runMain(main);

@@ -27,7 +27,7 @@ import {
   table,
 } from './harness';
 import { Inputs, prepareWork, type Work } from './inputs';
-import { hasLimit, limitHint } from './limit';
+import { hasLimit, limitHint } from './limit_program';
 
 function options() {
   const { values } = parseArgs({

@@ -81,6 +81,7 @@ const trainingFields = {
   weightDecay: z.number().min(0).default(0).describe(nonNegativeNumber),
   maxGradNorm: z.number().min(0).default(1).describe(nonNegativeNumber),
   shuffle: z.boolean().default(true).describe('boolean'),
+  balance: z.boolean().default(false).describe('boolean'),
   evalSteps: integerFrom(1).optional().describe(positiveInteger),
   earlyStop: integerFrom(1).optional().describe(positiveInteger),
   saveSteps: integerFrom(1).default(100).describe(positiveInteger),

@@ -11,12 +11,30 @@ export interface SamplerState {
   random: RandomState;
 }
 
+/** Rows are dealt out to batches of about the same number of tokens. */
+export interface Balance {
+  /** Rows of a batch. */
+  batchSize: number;
+  /** Tokens of a row. */
+  rowLength(row: number): number;
+}
+
+export interface SamplerOptions {
+  seed: number;
+  shuffle: boolean;
+  /** Default: rows come as the shuffle has them. */
+  balance?: Balance;
+}
+
+/** Batches among which rows are dealt out at a time, so that a row stays near its place in the shuffle. */
+const BALANCED_BATCHES = 32;
+
 /** Swaps of a shuffle between two looks at the event loop: a few milliseconds. */
 const SWAPS_PER_TURN = 1 << 17;
 
 /**
  * The order in which rows are trained on: every row once an epoch, shuffled anew each epoch from the seed, or in file
- * order. A restored sampler draws the same rows as one that never stopped.
+ * order; then, where batches are to be balanced, rows change places with others nearby. A restored sampler draws the same rows as one that never stopped.
  *
  * @example
  * ```ts
@@ -33,7 +51,7 @@ export class Sampler {
 
   constructor(
     readonly rows: number,
-    readonly options: { seed: number; shuffle: boolean },
+    readonly options: SamplerOptions,
     state?: SamplerState,
   ) {
     this.#random = state ? Random.restore(state.random) : new Random(options.seed);
@@ -53,7 +71,7 @@ export class Sampler {
 
   /** The next `count` rows; fewer when the epoch ends, and the next call begins a new one. */
   async next(count: number): Promise<number[]> {
-    this.#order ??= await this.#shuffled();
+    this.#order ??= await this.#balanced(await this.#shuffled());
     const end = Math.min(this.rows, this.#position + count);
     const rows = Array.from(this.#order.subarray(this.#position, end));
     this.#position = end;
@@ -80,5 +98,33 @@ export class Sampler {
       if (i % SWAPS_PER_TURN === 0) await setImmediate();
     }
     return order;
+  }
+
+  async #balanced(order: Uint32Array): Promise<Uint32Array> {
+    const { balance } = this.options;
+    if (!balance) return order;
+    const window = BALANCED_BATCHES * balance.batchSize;
+    for (let first = 0; first < order.length; first += window) {
+      dealOut(order.subarray(first, first + window), balance);
+      await setImmediate();
+    }
+    return order;
+  }
+}
+
+/** The longest rows first, each to the batch that has the fewest tokens and room left; the last batch may be smaller. */
+function dealOut(rows: Uint32Array, { batchSize, rowLength }: Balance): void {
+  const byLength = Array.from(rows, (row) => ({ row, tokens: rowLength(row) })).sort((a, b) => b.tokens - a.tokens);
+  const batches = Array.from({ length: Math.ceil(rows.length / batchSize) }, (_, i) => ({
+    first: i * batchSize,
+    room: Math.min(batchSize, rows.length - i * batchSize),
+    tokens: 0,
+  }));
+  for (const { row, tokens } of byLength) {
+    const open = batches.filter(({ room }) => room > 0);
+    const batch = open.reduce((least, other) => (other.tokens < least.tokens ? other : least));
+    rows[batch.first++] = row;
+    batch.room--;
+    batch.tokens += tokens;
   }
 }

@@ -17,7 +17,7 @@ import { type EvaluationMetrics, JsonLines, type StepMetrics } from './metrics';
 import type { CollectionPlan, InitializationPhase, NativeFactors, NativeModelInfo, NativeStepResult } from './native';
 import { writeReport } from './report';
 import { checkRunFolder, makeFolder, removeLeftovers, runFiles } from './run_folder';
-import { Sampler } from './sampler';
+import { Sampler, type SamplerState } from './sampler';
 import { learningRateAt, type Schedule, warmupStepsOf } from './schedule';
 import {
   type Best,
@@ -56,6 +56,8 @@ export interface TrainerOptions {
   seed?: number;
   /** Shuffle the rows anew each epoch (default true). */
   shuffle?: boolean;
+  /** Deal the rows out so that batches have about the same number of tokens, and steps take about the same time (default false). */
+  balance?: boolean;
   /** Rows held out: evaluated before the first step, every evalSteps and at the end. */
   evalData?: Dataset;
   /** Steps between two evaluations; 1 or more (default: the steps of an epoch). */
@@ -271,7 +273,7 @@ class Run {
     readonly evalSteps: number,
     readonly signal: AbortSignal | undefined,
   ) {
-    this.#sampler = new Sampler(options.data.length, trainer.training);
+    this.#sampler = this.#newSampler();
     this.#identity = this.#describe();
   }
 
@@ -323,13 +325,21 @@ class Run {
     this.#initialization = this.adapter.initialization ?? null;
   }
 
+  #newSampler(state?: SamplerState): Sampler {
+    const { data } = this.options;
+    const { seed, shuffle, balance, batchSize } = this.trainer.training;
+    const rowLength = (row: number) => data.rowLength(row);
+    const options = { seed, shuffle, balance: balance ? { batchSize, rowLength } : undefined };
+    return new Sampler(data.length, options, state);
+  }
+
   async #restore(store: CheckpointStore, checkpoint: Checkpoint): Promise<void> {
     const { state } = checkpoint;
     for (const warning of checkResumable(checkpoint, this.#identity)) this.trainer.emit('warning', warning);
     const { factors, moments } = await store.read(checkpoint);
     await this.adapter.writeFactors(factors);
     await this.adapter.writeMoments(moments);
-    this.#sampler = new Sampler(this.options.data.length, this.trainer.training, state.sampler);
+    this.#sampler = this.#newSampler(state.sampler);
     this.#initialization = state.initialization;
     this.#savedStep = state.step;
     const { step, evaluatedStep, best, first, last, evaluationsWithoutImprovement } = state;
@@ -605,6 +615,7 @@ class Run {
         maxGradNorm: training.maxGradNorm,
         seed: training.seed,
         shuffle: training.shuffle,
+        balance: training.balance,
         evalSteps: evalData ? this.evalSteps : null,
         earlyStop: training.earlyStop ?? null,
         init: init ? factorOptions(init) : null,

@@ -67,12 +67,46 @@ test('without shuffling rows come in file order and wrap around', async () => {
   assert.deepEqual(await sampler.next(3), [0, 1, 2]);
 });
 
+/** Lengths like those of real rows: mostly short, a few long. */
+const rowLength = (row: number) => 20 + ((row * 7919) % 400) + (row % 17 === 0 ? 900 : 0);
+
+test('balanced batches have about the same number of tokens, and an epoch still has every row once', async () => {
+  const batchSize = 8;
+  const spread = async (sampler: Sampler) => {
+    const tokens: number[] = [];
+    const seen: number[] = [];
+    while (seen.length < 500) {
+      const rows = await sampler.next(batchSize);
+      seen.push(...rows);
+      if (rows.length === batchSize) tokens.push(rows.reduce((sum, row) => sum + rowLength(row), 0));
+    }
+    assert.deepEqual(
+      seen.toSorted((a, b) => a - b),
+      Array.from({ length: 500 }, (_, row) => row),
+    );
+    return Math.max(...tokens) / Math.min(...tokens);
+  };
+  for (const shuffle of [true, false]) {
+    const options = { seed: 5, shuffle };
+    assert.ok((await spread(new Sampler(500, options))) > 2);
+    assert.ok((await spread(new Sampler(500, { ...options, balance: { batchSize, rowLength } }))) < 1.2);
+  }
+});
+
+test('balanced rows stay near their place', async () => {
+  const sampler = new Sampler(2000, { seed: 5, shuffle: false, balance: { batchSize: 4, rowLength } });
+  const rows = await sampler.next(2000);
+  for (const [place, row] of rows.entries()) assert.ok(Math.abs(place - row) < 4 * 32);
+});
+
 test('a sampler restored at any position draws the rows of one that never stopped', async () => {
-  const options = { seed: 9, shuffle: true };
-  for (const drawn of [0, 1, 4, 5, 7]) {
-    const straight = new Sampler(13, options);
-    for (let i = 0; i < drawn; i++) await straight.next(3);
-    const restored = new Sampler(13, options, JSON.parse(JSON.stringify(straight.state())));
-    for (let i = 0; i < 12; i++) assert.deepEqual(await restored.next(3), await straight.next(3));
+  for (const balance of [undefined, { batchSize: 3, rowLength }]) {
+    const options = { seed: 9, shuffle: true, balance };
+    for (const drawn of [0, 1, 4, 5, 7]) {
+      const straight = new Sampler(13, options);
+      for (let i = 0; i < drawn; i++) await straight.next(3);
+      const restored = new Sampler(13, options, JSON.parse(JSON.stringify(straight.state())));
+      for (let i = 0; i < 12; i++) assert.deepEqual(await restored.next(3), await straight.next(3));
+    }
   }
 });

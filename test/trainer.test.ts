@@ -67,6 +67,18 @@ test('maxSteps goes over the data as often as it takes, in file order without sh
   assert.deepEqual(firsts, starts);
 });
 
+test('balance deals out the rows of an epoch to micro-batches of about the same number of tokens', async () => {
+  const tokens = async (options: Partial<TrainerOptions>) =>
+    (await recordSteps({ batchSize: 4, gradAccum: 2, epochs: 1, ...options })).flatMap(({ batches }) =>
+      batches.filter(({ sequenceStarts }) => sequenceStarts.length === 5).map(({ inputIds }) => inputIds.length),
+    );
+  const spread = (counts: number[]) => Math.max(...counts) - Math.min(...counts);
+  const plain = await tokens({});
+  const balanced = await tokens({ balance: true });
+  assert.equal(balanced.length, plain.length);
+  assert.ok(spread(balanced) < spread(plain), `${balanced} and ${plain}`);
+});
+
 test('the optimizer gets its constants, the schedule and the step number', async () => {
   const steps = await recordSteps({
     maxSteps: 4,

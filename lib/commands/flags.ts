@@ -81,6 +81,7 @@ const training: Flag[] = [
   ['--max-grad-norm <x>', 'clip the gradient to this norm; 0: never (default 1)', 'number'],
   ['--shuffle', 'shuffle the rows anew each epoch (default)'],
   ['--no-shuffle', 'take the rows in file order'],
+  ['--balance', 'deal the rows out to batches of about the same number of tokens'],
   ['--eval-data <file>', 'rows held out'],
   ['--eval-steps <n>', 'steps between evaluations (default: an epoch)', 'number'],
   ['--early-stop <n>', 'stop after n evaluations without a better loss, keep the best', 'number'],

@@ -93,6 +93,7 @@ function makeTrainer(
       'maxGradNorm',
       'seed',
       'shuffle',
+      'balance',
       'evalSteps',
       'earlyStop',
       'saveSteps',
