@@ -1,6 +1,6 @@
 /** Training with lora-da and with PEFT in one run, both from one adapter on the same rows, each side in processes of its own. */
-import { type Dtype, native } from '../lib/native';
-import { median, type Peer, runNode, runPython } from './harness';
+import type { Dtype } from '../lib/native';
+import { engineThreads, median, type Peer, runNode, runPython } from './harness';
 import type { Inputs, Work } from './inputs';
 import { type LimitFigures, measureLimit, middleRound } from './limit_program';
 import type { TrainFigures } from './train_ours';
@@ -78,7 +78,7 @@ export function measureTraining(
     dtype,
     tokens: data.tokens / stepCount,
     labels: data.labelTokens / stepCount,
-    threads: threads > 0 ? threads : native().info().threads,
+    threads: engineThreads(threads),
   };
   const limits: LimitFigures[] = [];
   const ours: TrainFigures[] = [];

@@ -9,7 +9,6 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import type { DecoderSpec, Dtype } from '../lib/native';
-import { native } from '../lib/native';
 import { linearModules } from '../lib/target_modules';
 import { Tokenizer } from '../lib/tokenizer';
 import type { GenerationFigures } from './generation_ours';
@@ -17,6 +16,7 @@ import {
   describeMachine,
   describeModel,
   dtypeList,
+  engineThreads,
   findPeer,
   gigabytes,
   heading,
@@ -122,14 +122,13 @@ function measure(inputs: Inputs, prompt: number[], dtype: Dtype, peer: Peer | un
   const { model, spec } = inputs;
   const { repeats, threads, newTokens } = given;
   const child = { model, prompt: prompt.join(','), dtype, repeats, threads, 'new-tokens': newTokens };
-  const engineThreads = threads > 0 ? threads : native().info().threads;
   const ours: GenerationFigures[] = [];
   const theirs: GenerationFigures[] = [];
   const bandwidths: number[] = [];
   for (let round = 1; round <= given.rounds; round++) {
     console.error(`${dtype}: round ${round} of ${given.rounds}`);
     ours.push(runNode<GenerationFigures>('generation_ours.ts', child));
-    if (hasLimit()) bandwidths.push(measureBandwidth(engineThreads));
+    if (hasLimit()) bandwidths.push(measureBandwidth(engineThreads(threads)));
     if (peer) theirs.push(runPython<GenerationFigures>(peer, 'generation_peer.py', child));
   }
   const us = together(ours);

@@ -123,6 +123,11 @@ export function runPython<T>(peer: Peer, script: string, options: ChildOptions):
   return runChild(peer.python, [join(__dirname, script), ...childArguments(options)]);
 }
 
+/** Threads that our side takes for --threads, 0 being its own choice. */
+export function engineThreads(threads: number): number {
+  return threads > 0 ? threads : native().info().threads;
+}
+
 /** Where the figures come from: machine, versions, threads. */
 export function describeMachine(threads: number, peer: Peer | undefined): Record<string, string> {
   const info = native().info();

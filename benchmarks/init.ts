@@ -12,13 +12,14 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { type Dtype, native } from '../lib/native';
+import type { Dtype } from '../lib/native';
 import { packedTokens } from '../lib/packing';
 import {
   BenchmarkError,
   describeMachine,
   describeModel,
   dtypeList,
+  engineThreads,
   findPeer,
   gigabytes,
   heading,
@@ -132,7 +133,7 @@ function measure(
     dtype,
     tokens: rows.tokens / batches,
     labels: rows.labelTokens / batches,
-    threads: threads > 0 ? threads : native().info().threads,
+    threads: engineThreads(threads),
     collect: true,
   };
   const child = { model: inputs.model, rows: rows.file, dtype, threads };

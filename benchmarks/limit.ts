@@ -5,11 +5,11 @@
  *                            [--sweeps 3] [--threads 0] [--json]
  */
 import { parseArgs } from 'node:util';
-import { native } from '../lib/native';
 import {
   describeMachine,
   describeModel,
   dtypeList,
+  engineThreads,
   heading,
   modelFolder,
   noModel,
@@ -75,7 +75,7 @@ async function main(): Promise<void> {
     const machine = describeMachine(given.threads, undefined);
     const rows = `${given.rows}: ${step.tokens.toFixed(0)} tokens a step, ${step.labels.toFixed(0)} labelled`;
     console.log(heading({ ...machine, model: describeModel(inputs), rows }));
-    const threads = given.threads > 0 ? given.threads : native().info().threads;
+    const threads = engineThreads(given.threads);
     const results = given.dtypes.map((dtype) => {
       const { spec } = inputs;
       const figures = measureLimit({ spec, dtype, ...step, threads, sweeps: given.sweeps, collect: given.collect });

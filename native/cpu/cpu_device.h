@@ -83,10 +83,7 @@ class CpuDevice : public Device {
   void attentionCached(const Matrix& q, const Matrix& keys, const Matrix& values, const AttentionShape& shape,
                        const Matrix& out) override;
 
-  // attention_grad.cpp: of its scratch
-  size_t attentionBytes(const AttentionShape& shape, int64_t rows, int64_t longest) const;
-  // head_loss.cpp; the bytes of its scratch
-  size_t headLossBytes(int64_t rows, int64_t vocabulary) const;
+  // head_loss.cpp
   void headLoss(const Matrix& x, const Weight& head, const int32_t* targets, const float* rowScale, float* losses,
                 const Matrix* dx) override;
   void sumLosses(const float* losses, const float* scale, int64_t count, double* total) override;
@@ -129,7 +126,10 @@ class CpuDevice : public Device {
   Matrix massiveRowsLast(const Matrix& x, int64_t& ordinary);
   void addRowGroups(const Matrix& x, const Matrix& z);
   void blasSecondMoment(const Matrix& x, const Matrix& z);
-  // head_loss.cpp
+  // attention_grad.cpp: the bytes of its scratch
+  size_t attentionBytes(const AttentionShape& shape, int64_t rows, int64_t longest) const;
+  // head_loss.cpp; the bytes of its scratch
+  size_t headLossBytes(int64_t rows, int64_t vocabulary) const;
   void headLossByTiles(const Matrix& x, const CpuWeight& head, const int32_t* targets, const float* rowScale, float* losses,
                        const Matrix* dx);
   // Own products with panels of weights, or oneDNN's.

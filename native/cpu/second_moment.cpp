@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/integers.h"
+#include "cpu/cache_lines.h"
 #include "cpu/cpu_device.h"
 #include "cpu/panels.h"
 
@@ -29,8 +30,8 @@ struct MassiveRows {
 
   MassiveRows(int64_t rows, int64_t cols, DType type)
       : rowBytes(static_cast<size_t>(cols) * sizeOf(type)),
-        squareBytes(static_cast<size_t>(roundUp(2 * rows * static_cast<int64_t>(sizeof(double)), 64))),
-        copyBytes(static_cast<size_t>(roundUp(static_cast<int64_t>(rowBytes) * rows, 64))),
+        squareBytes(cacheLines(static_cast<size_t>(2 * rows) * sizeof(double))),
+        copyBytes(cacheLines(rowBytes * static_cast<size_t>(rows))),
         rowFloats(roundUp(cols, 16)) {}
   size_t bytes(int threads) const { return squareBytes + copyBytes + static_cast<size_t>(rowFloats * threads) * sizeof(float); }
 };

@@ -14,12 +14,6 @@ namespace {
 // Rows are asked for so long ahead, into the second-level cache: as many as are under way then, the nearest has no place for, and
 // the processor waits.
 constexpr int64_t askedAhead = 64;
-template <class T>
-KERNEL_INLINE void askForRows(const T* from, int64_t stride, int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i * stride + j, 0, 2);
-  }
-}
 
 // Rows whose scores are formed before their values are added.
 constexpr int64_t stepRows = 64;
@@ -63,7 +57,7 @@ KERNEL_INLINE void addValues(const CachedAttention& a, const T* values, int64_t 
   }
   for (int64_t row = 0; row < rows; ++row) {
     const T* from = values + row * a.valueStride + col;
-    askForRows(from + askedAhead * a.valueStride, 0, 1, vectors * lanes);
+    prefetchRows(from + askedAhead * a.valueStride, 0, 1, vectors * lanes);
     Vec value[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v + 1 < vectors; ++v) value[v] = load(from + v * lanes, Whole{});
@@ -99,7 +93,7 @@ void attendQueries(const CachedAttention& a, const T* q, float* parts) {
     Vec found[queries];
     for (int i = 0; i < queries; ++i) found[i] = broadcast(peaks[i]);
     overVectors(rows, [&](int64_t row, auto part) {
-      askForRows(keys + (row + askedAhead) * a.keyStride, a.keyStride, lanes, a.headDim);
+      prefetchRows(keys + (row + askedAhead) * a.keyStride, a.keyStride, lanes, a.headDim);
       scoreRows(a, q, keys + row * a.keyStride, rows - row, part, scores, row, found);
     });
     for (int i = 0; i < queries; ++i) {

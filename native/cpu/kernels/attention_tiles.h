@@ -208,7 +208,7 @@ KERNEL_INLINE Vec wordsOf(const Bf16* token, int64_t d, int64_t headDim) {
 }
 #endif
 
-// Asks for rows that are packed or written soon. They are far apart in memory, so that the processor does not foresee them.
+// Asks for rows that are packed, read or written soon. They are far apart in memory, so that the processor does not foresee them.
 template <bool forWriting = false, class T>
 KERNEL_INLINE void prefetchRows(const T* from, int64_t stride, int64_t rows, int64_t headDim) {
   for (int64_t i = 0; i < rows; ++i) {
