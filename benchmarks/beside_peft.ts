@@ -11,6 +11,8 @@ export interface TrainingPlan {
   warmup: number;
   rounds: number;
   threads: number;
+  /** Our weights laid out once for each product. */
+  prepack?: boolean;
   /** Measure the products alone too. */
   limit: boolean;
 }
@@ -85,7 +87,7 @@ export function measureTraining(
   const theirs: TrainFigures[] = [];
   for (let round = 1; round <= given.rounds; round++) {
     console.error(`${work.source} ${dtype}: round ${round} of ${given.rounds}`);
-    ours.push(runNode<TrainFigures>('train_ours.ts', child));
+    ours.push(runNode<TrainFigures>('train_ours.ts', { ...child, prepack: given.prepack }));
     if (given.limit) limits.push(measureLimit(products));
     if (peer) theirs.push(runPython<TrainFigures>(peer, 'peft_train.py', child));
   }

@@ -71,11 +71,14 @@ export function findPeer(): Peer | undefined {
 
 export const peerHint = 'install it with `bash benchmarks/peers.sh`, or name a Python with LORA_DA_PEER_PYTHON';
 
-/** Options of a child process; undefined ones are left out. */
-export type ChildOptions = Record<string, string | number | undefined>;
+/** Options of a child process; undefined and false ones are left out. */
+export type ChildOptions = Record<string, string | number | boolean | undefined>;
 
 function childArguments(options: ChildOptions): string[] {
-  return Object.entries(options).flatMap(([name, value]) => (value === undefined ? [] : [`--${name}`, String(value)]));
+  return Object.entries(options).flatMap(([name, value]) => {
+    if (value === undefined || value === false) return [];
+    return value === true ? [`--${name}`] : [`--${name}`, String(value)];
+  });
 }
 
 /** Runs a program to its end and returns the JSON object on the last line of its output. */

@@ -3,7 +3,7 @@
  * --init the same for a LoRA-DA start, with --generate for greedy decoding.
  *
  *     npm run bench:profile -- [--model DIR] [--dtype bfloat16] [--rows 4x256|gsm8k|1x4096|FILE] [--steps 5] [--warmup 2]
- *                              [--batch-size 8] [--threads 0] [--recompute none|layer] [--init | --generate 64] [--json]
+ *                              [--batch-size 8] [--threads 0] [--prepack] [--recompute none|layer] [--init | --generate 64] [--json]
  *
  * --init      instead of steps: the collection over --rows (as many rows as the steps would take) and the solve.
  * --generate  instead of steps: so many new tokens after a prompt of the first row's first 32 tokens.
@@ -60,6 +60,7 @@ function options() {
       warmup: { type: 'string', default: '2' },
       'batch-size': { type: 'string', default: '8' },
       threads: { type: 'string', default: '0' },
+      prepack: { type: 'boolean', default: false },
       recompute: { type: 'string', default: 'none' },
       init: { type: 'boolean', default: false },
       generate: { type: 'string', default: '0' },
@@ -78,6 +79,7 @@ function options() {
     warmup: nonNegativeInteger('warmup', values.warmup),
     batchSize: positiveInteger('batch-size', values['batch-size']),
     threads: nonNegativeInteger('threads', values.threads),
+    prepack: values.prepack,
     recompute: recompute as Recompute,
     init: values.init,
     newTokens: nonNegativeInteger('generate', values.generate),
@@ -88,11 +90,11 @@ function options() {
 type Options = ReturnType<typeof options>;
 
 /** The public API has no such option: the engine is loaded here and put into a model by hand. */
-async function loadProfiled(directory: string, dtype: Dtype, threads: number): Promise<CausalLM> {
+async function loadProfiled(directory: string, dtype: Dtype, threads: number, prepack: boolean): Promise<CausalLM> {
   const checkpoint = await openCheckpoint(directory);
   const { spec, tensors } = checkpoint;
   const engine = await native().loadModel(
-    { spec, tensors, dtype, device: 'cpu', threads, copyBudget: -1, profile: true },
+    { spec, tensors, dtype, device: 'cpu', threads, prepack, copyBudget: -1, profile: true },
     () => {},
   );
   return new CausalLM({ checkpoint, native: engine, stopIds: [] });
@@ -158,7 +160,7 @@ async function profileGeneration(model: CausalLM, data: Dataset, newTokens: numb
 }
 
 async function measure(inputs: Inputs, work: Work, dtype: Dtype, adapter: string, given: Options): Promise<Result> {
-  const model = await loadProfiled(inputs.model, dtype, given.threads);
+  const model = await loadProfiled(inputs.model, dtype, given.threads, given.prepack);
   const data = await Dataset.load(work.data.file, {
     vocabSize: model.spec.vocabSize,
     maxLength: model.spec.maxPositions,

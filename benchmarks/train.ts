@@ -4,7 +4,7 @@
  * matrix products of a step alone come to (limit.cpp).
  *
  *     npm run bench:train -- [--model DIR] [--dtype bfloat16,float32] [--rows 4x256,gsm8k,FILE] [--steps 6] [--rounds 2]
- *                            [--warmup 1] [--batch-size 8] [--threads 0] [--no-limit] [--json]
+ *                            [--warmup 1] [--batch-size 8] [--threads 0] [--prepack] [--no-limit] [--json]
  *
  * --rows  4x256: steps of 4 rows of 256 random tokens, all labelled; gsm8k or a data file: uneven rows with masked
  *         prompts, --batch-size of them a step (PEFT pads them to the longest). --json: the figures, as the last line.
@@ -41,6 +41,7 @@ function options() {
       warmup: { type: 'string', default: '1' },
       'batch-size': { type: 'string', default: '8' },
       threads: { type: 'string', default: '0' },
+      prepack: { type: 'boolean', default: false },
       limit: { type: 'boolean', default: true },
       json: { type: 'boolean', default: false },
     },
@@ -54,6 +55,7 @@ function options() {
     warmup: positiveInteger('warmup', values.warmup),
     batchSize: positiveInteger('batch-size', values['batch-size']),
     threads: nonNegativeInteger('threads', values.threads),
+    prepack: values.prepack,
     limit: values.limit && hasLimit(),
     json: values.json,
   };

@@ -51,11 +51,18 @@ export async function measureSteps(
 export const peakBytes = () => process.resourceUsage().maxRSS * 1024;
 
 /** The model and the rows that a benchmark process is told to work on. */
-export async function loadWork(values: { model?: string; rows?: string; dtype: string; threads: string }) {
+export async function loadWork(values: {
+  model?: string;
+  rows?: string;
+  dtype: string;
+  threads: string;
+  prepack?: boolean;
+}) {
   const model = await CausalLM.load(values.model!, {
     device: 'cpu',
     dtype: values.dtype as Dtype,
     threads: Number(values.threads),
+    prepack: values.prepack ?? false,
   });
   const data = await Dataset.load(values.rows!, {
     vocabSize: model.spec.vocabSize,
@@ -76,6 +83,7 @@ async function main(): Promise<void> {
       steps: { type: 'string', default: '5' },
       warmup: { type: 'string', default: '1' },
       threads: { type: 'string', default: '0' },
+      prepack: { type: 'boolean', default: false },
     },
   });
   const { model, data } = await loadWork(values);

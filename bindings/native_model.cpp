@@ -85,6 +85,7 @@ Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
   asked.device = text(options, "device");
   asked.threads = static_cast<int>(integer(options, "threads"));
   asked.copyBudget = copyBudget(number(options, "copyBudget"));
+  asked.prepack = options.Get("prepack").ToBoolean();
   asked.profile = options.Get("profile").ToBoolean();
 
   return onNewEngine(

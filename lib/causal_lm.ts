@@ -27,6 +27,12 @@ export interface LoadOptions {
   dtype?: Dtype | 'auto';
   /** Threads of the engine on the CPU; 0 (default): physical cores. Without effect on other devices. */
   threads?: number;
+  /**
+   * Lay the weights out at load as each product of a training step reads them, not in every step (default false). On the CPU, while
+   * half of the free memory lasts: backward's copy takes as much as the weights again, and bfloat16 files are kept in float32
+   * where that is `dtype`. The same numbers, to the bit. Without effect on other devices.
+   */
+  prepack?: boolean;
   signal?: AbortSignal;
   /** Called as tensors are mapped and prepared. */
   onProgress?: (done: number, total: number) => void;
@@ -139,6 +145,7 @@ export class CausalLM {
    * @param options.device   `auto` (default: CUDA where it can be used, else the CPU), `cpu`, `cuda` or `cuda:N`
    * @param options.dtype    `auto` (default), `float32` or `bfloat16`
    * @param options.threads  of the engine on the CPU: 0 (default: physical cores) or more
+   * @param options.prepack  lay weights out once for training, in more memory (default false)
    * @throws {LoraDaError} `FILE_NOT_FOUND`, `INVALID_CONFIG`, `UNSUPPORTED` (family), `INVALID_TENSOR`, `INVALID_FILE`,
    *   `FILE_TRUNCATED`, `DEVICE_UNAVAILABLE`, `OUT_OF_MEMORY`, `ABORTED`
    *
@@ -151,7 +158,7 @@ export class CausalLM {
    */
   static async load(directory: string, options: LoadOptions = {}): Promise<CausalLM> {
     const { signal, onProgress = () => {}, ...rest } = options;
-    const { device, dtype, threads } = parseOptions(modelSchema, rest);
+    const { device, dtype, threads, prepack } = parseOptions(modelSchema, rest);
     checkAborted(signal);
     const checkpoint = await openCheckpoint(directory, { signal });
     checkAborted(signal);
@@ -160,7 +167,7 @@ export class CausalLM {
     // Side by side: each takes a thread of its own.
     const [tokenizer, engine] = await Promise.allSettled([
       hasTokenizer ? Tokenizer.load(directory, { signal }) : undefined,
-      native().loadModel({ spec, tensors, dtype, device, threads, copyBudget: -1 }, onProgress),
+      native().loadModel({ spec, tensors, dtype, device, threads, prepack, copyBudget: -1 }, onProgress),
     ]);
     try {
       checkAborted(signal);

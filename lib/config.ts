@@ -37,6 +37,8 @@ const modelFields = {
   threads: integerFrom(0).default(0).describe(wholeNumber),
 };
 
+const prepackField = { prepack: z.boolean().default(false).describe('boolean') };
+
 const loraFields = {
   rank: integerFrom(1).default(8).describe(positiveInteger),
   alpha: z.number().positive().default(16).describe(positiveNumber),
@@ -95,6 +97,7 @@ export const modelSchema = z.strictObject({
   dtype: modelFields.dtype,
   device: modelFields.device,
   threads: modelFields.threads,
+  ...prepackField,
 });
 /** Options of {@link CausalLM.addLora}. */
 export const loraSchema = z.strictObject(loraFields);
@@ -112,6 +115,7 @@ const initField = text('name of an initialization').optional().describe('name of
 /** Everything `lora-da train` and its --config file understand. */
 export const trainSchema = z.strictObject({
   ...modelFields,
+  ...prepackField,
   data: text('path of a data file'),
   out: text('path of a folder'),
   init: initField,
@@ -128,6 +132,7 @@ export const trainSchema = z.strictObject({
 /** Everything `lora-da init` understands. */
 export const initSchema = z.strictObject({
   ...modelFields,
+  ...prepackField,
   data: text().optional().describe('path of a data file'),
   out: text('path of a folder'),
   init: text('name of an initialization').default('lora-da').describe('name of an initialization'),

@@ -97,6 +97,8 @@ export interface NativeModelOptions {
   threads: number;
   /** Bytes that copies of the weights may take in place of the mapped file; negative: decide by free memory. */
   copyBudget: number;
+  /** Lay weights out at load as each product of a step reads them (default false); see {@link CausalLM.load}. */
+  prepack?: boolean;
   /** Count and time every operation, for {@link NativeModel.profile} (default false). Costs a little time itself. */
   profile?: boolean;
 }

@@ -161,7 +161,7 @@ test('what does not change the result may differ; threads are a warning', async 
   const out = join(folder, 'lenient');
   cpSync(straight, out, { recursive: true });
   writeFileSync(join(out, 'metrics.jsonl'), readFileSync(join(out, 'metrics.jsonl')));
-  const more = ['--resume', '--save-steps', '3', '--keep-checkpoints', '1', '--threads', '1', '--plan', 'layer-major'];
+  const more = '--resume --save-steps 3 --keep-checkpoints 1 --threads 1 --prepack --plan layer-major'.split(' ');
   const { code, stderr } = await runCli(trainInto(out, ...more));
   assert.equal(code, 0, stderr);
   assert.match(stderr, /Warning: threads was 2 and is 1 now/);

@@ -36,6 +36,10 @@ const model: Flag[] = [
   ['--dtype <type>', 'auto, float32 or bfloat16 (default auto: bfloat16 where the device multiplies it)'],
 ];
 
+const prepack: Flag[] = [
+  ['--prepack', 'lay the weights out once as each product reads them: faster steps, more memory'],
+];
+
 const data: Flag[] = [
   ['--max-length <n>', 'tokens of a row at most (default 1024)', 'number'],
   ['--overlong <rule>', 'rows over it: truncate, drop or error (default truncate)'],
@@ -103,6 +107,7 @@ export const commands: Record<string, { description: string; flags: Flag[] }> = 
     description: 'train a LoRA adapter on a file of examples',
     flags: [
       ...model,
+      ...prepack,
       ['--data <file>', 'examples to train on'],
       ['--out <dir>', 'run folder: adapter, metrics, report, checkpoints'],
       ['--init <name>', 'start of the adapter (default lora-da; none with --adapter)'],
@@ -119,6 +124,7 @@ export const commands: Record<string, { description: string; flags: Flag[] }> = 
     description: 'start an adapter from data, without training it',
     flags: [
       ...model,
+      ...prepack,
       ['--data <file>', 'examples of the task'],
       ['--out <dir>', 'adapter folder to write'],
       ['--init <name>', 'lora-da (default), kaiming, gaussian, orthogonal, …'],

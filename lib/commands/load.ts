@@ -7,6 +7,7 @@ interface ModelFlags {
   dtype: 'auto' | 'float32' | 'bfloat16';
   device: string;
   threads: number;
+  prepack?: boolean;
 }
 
 interface DataFlags {
@@ -17,7 +18,7 @@ interface DataFlags {
 
 /** Loads the model of a command, uses it, and frees it whatever happens. */
 export async function withModel<T>(
-  { model: directory, dtype, device, threads }: ModelFlags,
+  { model: directory, dtype, device, threads, prepack }: ModelFlags,
   { signal, progress }: CommandContext,
   use: (model: CausalLM) => Promise<T>,
 ): Promise<T> {
@@ -26,6 +27,7 @@ export async function withModel<T>(
     dtype,
     device,
     threads,
+    ...(prepack === undefined ? {} : { prepack }),
     signal,
     onProgress: (done, total) => {
       if (!started) progress.begin('loading', total);

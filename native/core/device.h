@@ -314,6 +314,7 @@ struct DeviceOptions {
   DType computeType = DType::f32;
   int threads = 0;        // 0: physical cores
   size_t copyBudget = 0;  // bytes that copies of weights may take, where a device can also read them in their file
+  bool prepack = false;   // lay weights out at load as each product of a step reads them, in more memory, not in every step
   bool profile = false;   // count and time every operation (core/profiled_device.h)
   bool record = true;     // a device that records passes replays them; false: it enqueues them anew each time, to compare
 };

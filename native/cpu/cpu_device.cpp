@@ -15,6 +15,7 @@ CpuDevice::CpuDevice(const DeviceOptions& options)
     : computeType_(options.computeType),
       threads_(options.threads > 0 ? options.threads : physicalCores()),
       copyBudget_(options.copyBudget),
+      prepack_(options.prepack),
       kernels_(kernels()) {
   // One OpenMP team for this engine thread; oneDNN and OpenBLAS (its OpenMP build) use the same one.
   omp_set_dynamic(0);

@@ -137,6 +137,10 @@ class CpuDevice : public Device {
   // weights.cpp
   void copyRows(const std::vector<HostTensor>& parts, CpuWeight& weight);
   void copyToPanels(const std::vector<HostTensor>& parts, bool asTheyLie, CpuWeight& weight);
+  // dx = dy W from panels of its own; the weight has those of y = x W^T, in the compute type.
+  void addGradPanels(CpuWeight& weight, const std::string& purpose);
+  // Whether all panels that its products read are wanted, and the budget has room for them.
+  bool fitsPrepacked(const CpuWeight& weight, WeightUses uses) const;
   void packForLibrary(const std::vector<HostTensor>& parts, WeightUses uses, CpuWeight& weight);
   // x [in] = the weights of one output.
   void readWeightRow(const CpuWeight& weight, int64_t output, float* x) const;
@@ -161,6 +165,7 @@ class CpuDevice : public Device {
   DType computeType_;
   int threads_;
   size_t copyBudget_;  // bytes left for copies of weights
+  bool prepack_;
   WeightPages weightPages_;
   const Kernels& kernels_;
   std::unique_ptr<Products> products_;

@@ -63,7 +63,7 @@ void CpuDevice::squareSum(const Matrix& x, double* sums) {
 
 void CpuDevice::embed(const int32_t* ids, const Weight& table, float scale, const Matrix& x) {
   const auto& weight = static_cast<const CpuWeight&>(table);
-  if (!weight.panels && weight.parts.size() != 1) {
+  if (!weight.panels.data && weight.parts.size() != 1) {
     throw Error(code::internal, "embed needs a weight that was prepared for lookup");
   }
   const auto scaleRow = kernels_.scaleRow;

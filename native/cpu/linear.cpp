@@ -129,11 +129,11 @@ void CpuDevice::linearRow(const Matrix& x, const CpuWeight& w, const float* bias
 #pragma omp parallel num_threads(threads_)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    if (w.panels) {
+    if (w.panels.data) {
       const int64_t share = ceilDiv(width / panelCols, threads) * panelCols;
       const int64_t first = thread * share, end = std::min(first + share, w.out);
       for (int64_t col = first; col < end; col += panelCols) {
-        kernels.multiplyRow(x.data, w.panel(col), w.dtype, w.in, w.panelWidth(col), sums + col);
+        kernels.multiplyRow(x.data, w.panels.panel(col), w.dtype, w.in, w.panels.width(col), sums + col);
       }
       if (first < end) finish(first, end - first);
     }

@@ -18,18 +18,17 @@ constexpr int64_t depthBlock = 85 * panelCols;
 // next.
 constexpr int64_t rowBlockBytes = 384 << 10;
 
-// Whether the weight's own panels are what the kernels multiply with.
-bool isAsMultiplied(const TypedKernels& kernels, const CpuWeight& w) {
-  return w.panels && (w.dtype == DType::bf16) == (kernels.stepDepth == 2);
+// Whether panels are what the kernels multiply with.
+bool isAsMultiplied(const TypedKernels& kernels, const Panels& panels) {
+  return panels.data && panels.stepDepth() == kernels.stepDepth;
 }
 
 // The panel of y = x W^T, of which the weight's rows are the columns: as it is kept, or in `panel`.
 const float* forwardPanel(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col,
                           int64_t cols, float* panel) {
-  if (w.panels) {
-    const int64_t width = roundUp(cols, 16);
-    const float* kept = w.panel(col) + (w.dtype == DType::bf16 ? depth / 2 : depth) * width;
-    if (isAsMultiplied(kernels, w)) return kept;
+  if (w.panels.data) {
+    const float* kept = w.panels.panel(col, depth);
+    if (isAsMultiplied(kernels, w.panels)) return kept;
     kernels.widenPanel(kept, depths, cols, panel);
     return panel;
   }
@@ -39,27 +38,15 @@ const float* forwardPanel(const TypedKernels& kernels, const CpuWeight& w, int64
   return panel;
 }
 
-// Asks the second-level cache for what turnPanels reads of a panel.
-void askForColumns(const CpuWeight& w, int64_t output, int64_t col, int64_t cols) {
+// Asks the second-level cache for what turnPanels reads of the panel that starts at `from`.
+void askForColumns(const Panels& panels, int64_t from, int64_t col, int64_t cols) {
   constexpr int64_t lineFloats = 16;
-  const int64_t width = roundUp(w.panelWidth(output), 16), pair = w.dtype == DType::bf16 ? 2 : 1;
-  const float* from = w.panel(output) + col / pair * width;
-  for (int64_t at = 0; at < ceilDiv(cols, pair) * width; at += lineFloats) __builtin_prefetch(from + at, 0, 2);
+  const float* first = panels.panel(from, col);
+  const int64_t floats = ceilDiv(cols, panels.stepDepth()) * roundUp(panels.width(from), 16);
+  for (int64_t at = 0; at < floats; at += lineFloats) __builtin_prefetch(first + at, 0, 2);
 }
 
-// The panel of dx = dy W, of which the weight's rows are the depth, from panels.
-void turnPanels(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col, int64_t cols,
-                float* panel) {
-  const int64_t width = roundUp(cols, 16);
-  for (int64_t done = 0; done < depths; done += panelCols) {
-    const int64_t output = depth + done, count = std::min(panelCols, depths - done);
-    if (done + 2 * panelCols < depths) askForColumns(w, output + 2 * panelCols, col, cols);
-    kernels.turnPanel(w.panel(output), w.dtype, w.steps(), w.panelWidth(output), col, cols, count,
-                      panel + done / kernels.stepDepth * width);
-  }
-}
-
-// The same from rows, parts one after the other.
+// The panel of dx = dy W, of which the weight's rows are the depth, from those rows, parts one after the other.
 void packInputGrad(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col, int64_t cols,
                    float* panel) {
   const size_t colBytes = static_cast<size_t>(col) * sizeOf(w.dtype);
@@ -175,8 +162,10 @@ class PanelWorker {
     laid_ = memory_;
     if (job_.side == PanelJob::Side::forward) {
       laid_ = forwardPanel(kernels_, weight, depth, depths, output + col, cols, memory_);
-    } else if (weight.panels) {
-      turnPanels(kernels_, weight, output + depth, depths, col, cols, memory_);
+    } else if (weight.gradPanels.data) {
+      laid_ = weight.gradPanels.panel(col, output + depth);
+    } else if (weight.panels.data) {
+      turnPanels(kernels_, weight.panels, output + depth, depths, col, cols, memory_);
     } else {
       packInputGrad(kernels_, weight, output + depth, depths, col, cols, memory_);
     }
@@ -216,7 +205,7 @@ class PanelWorker {
 };
 
 bool isThere(const TypedKernels& kernels, const PanelJob& job) {
-  return job.side == PanelJob::Side::forward && isAsMultiplied(kernels, job.weight);
+  return isAsMultiplied(kernels, job.side == PanelJob::Side::forward ? job.weight.panels : job.weight.gradPanels);
 }
 
 }  // namespace
@@ -229,6 +218,17 @@ void packMatrixRows(const TypedKernels& kernels, const Matrix& m, int64_t first,
   kernels.packRows(data, data + m.stride * bytes, m.dtype, kernels.stepDepth * m.stride, whole, cols, panel);
   if (count % kernels.stepDepth != 0) {
     kernels.packRows(data + (count - 1) * m.stride * bytes, nullptr, m.dtype, 0, 1, cols, panel + whole * roundUp(cols, 16));
+  }
+}
+
+void turnPanels(const TypedKernels& kernels, const Panels& panels, int64_t depth, int64_t depths, int64_t col, int64_t cols,
+                float* panel) {
+  const int64_t width = roundUp(cols, 16);
+  for (int64_t done = 0; done < depths; done += panelCols) {
+    const int64_t from = depth + done, count = std::min(panelCols, depths - done);
+    if (done + 2 * panelCols < depths) askForColumns(panels, from + 2 * panelCols, col, cols);
+    kernels.turnPanel(panels.panel(from), panels.dtype, panels.steps(), panels.width(from), col, cols, count,
+                      panel + done / kernels.stepDepth * width);
   }
 }
 

@@ -10,6 +10,11 @@ namespace lora_da::cpu {
 void packMatrixRows(const TypedKernels& kernels, const Matrix& m, int64_t first, int64_t count, int64_t col, int64_t cols,
                     float* panel);
 
+// `panel` = columns [col, col + cols), at most a panel's, of the transposed matrix, of which [depth, depth + depths) are its
+// depth: the panels of dx = dy W from those of y = x W^T. `depth` starts a panel.
+void turnPanels(const TypedKernels& kernels, const Panels& panels, int64_t depth, int64_t depths, int64_t col, int64_t cols,
+                float* panel);
+
 // spread [blocks * rank, cols], contiguous = the factors' columns from `col` on, from firstBlock on block below block, zeros
 // elsewhere.
 void spreadBlocks(const UpProjection& up, int64_t firstBlock, int64_t col, const Matrix& spread);

@@ -7,6 +7,7 @@
 #include "core/integers.h"
 #include "cpu/cpu_device.h"
 #include "cpu/cpu_weight.h"
+#include "cpu/panels.h"
 #include "cpu/products.h"
 
 namespace lora_da::cpu {
@@ -25,18 +26,22 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
     alike = alike && part.dtype == fileType && reinterpret_cast<uintptr_t>(part.data) % sizeOf(fileType) == 0;
     if (part.populate) part.populate();
   }
-  const bool readable = fileType == computeType_ || (hasPanels() && fileType == DType::bf16);
+  const bool prepacked = fitsPrepacked(*weight, uses);
+  const bool readable = fileType == computeType_ || (hasPanels() && fileType == DType::bf16 && !prepacked);
   const bool asTheyLie = alike && readable && (hasPanels() || parts.size() == 1);
   weight->dtype = asTheyLie ? fileType : computeType_;
-  weight->bytes = hasPanels() ? weight->panelBytes() : static_cast<size_t>(weight->out) * weight->rowBytes();
+  const Panels panels{nullptr, weight->dtype, weight->in, weight->out};
+  weight->bytes = hasPanels() ? panels.bytes() : static_cast<size_t>(weight->out) * weight->rowBytes();
   if (asTheyLie && !(hasPanels() && weight->bytes <= copyBudget_)) {
     weight->bytes = static_cast<size_t>(weight->out) * weight->rowBytes();
     for (const HostTensor& part : parts) weight->parts.push_back({static_cast<const char*>(part.data), part.rows});
   } else {
-    if (asTheyLie) copyBudget_ -= weight->bytes;
+    if (asTheyLie || prepacked) copyBudget_ -= weight->bytes;
     weight->copy = weightPages_.take(*this, weight->bytes, "weight " + parts.front().name);
     if (hasPanels()) {
+      weight->panels = panels;
       copyToPanels(parts, asTheyLie, *weight);
+      if (prepacked && uses.inputGrad) addGradPanels(*weight, "weight for backward " + parts.front().name);
     } else {
       copyRows(parts, *weight);
     }
@@ -48,11 +53,17 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
   return weight;
 }
 
+bool CpuDevice::fitsPrepacked(const CpuWeight& weight, WeightUses uses) const {
+  const Panels forward{nullptr, computeType_, weight.in, weight.out}, inputGrad{nullptr, computeType_, weight.out, weight.in};
+  return prepack_ && hasPanels() && forward.bytes() + (uses.inputGrad ? inputGrad.bytes() : 0) <= copyBudget_;
+}
+
 void CpuDevice::readWeightRow(const CpuWeight& weight, int64_t output, float* x) const {
-  if (!weight.panels) return typed(weight.dtype).toFloat(weight.row(output), x, weight.in);
-  const int64_t width = roundUp(weight.panelWidth(output), 16), steps = weight.steps();
-  const float* column = weight.panel(output) + output % panelCols;
-  if (weight.dtype == DType::f32) {
+  const Panels& panels = weight.panels;
+  if (!panels.data) return typed(weight.dtype).toFloat(weight.row(output), x, weight.in);
+  const int64_t inPanel = output % panelCols, width = roundUp(panels.width(output - inPanel), 16), steps = panels.steps();
+  const float* column = panels.panel(output - inPanel) + inPanel;
+  if (panels.dtype == DType::f32) {
     for (int64_t step = 0; step < steps; ++step) x[step] = column[step * width];
     return;
   }
@@ -84,7 +95,7 @@ void CpuDevice::copyToPanels(const std::vector<HostTensor>& parts, bool asTheyLi
     }
   }
   auto* panels = reinterpret_cast<float*>(weight.copy.get());
-  weight.panels = panels;
+  weight.panels.data = panels;
   const auto packColumns = typed(weight.dtype).packColumns;
   const size_t rowBytes = weight.rowBytes();
 #pragma omp parallel num_threads(threads_)
@@ -93,7 +104,7 @@ void CpuDevice::copyToPanels(const std::vector<HostTensor>& parts, bool asTheyLi
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < weight.out; first += panelCols) {
       const void* columns[panelCols] = {};
-      const int64_t count = weight.panelWidth(first);
+      const int64_t count = weight.panels.width(first);
       for (int64_t i = 0; i < count; ++i) {
         const HostTensor& tensor = *tensors[static_cast<size_t>(first + i)];
         const int64_t row = rows[static_cast<size_t>(first + i)];
@@ -105,8 +116,22 @@ void CpuDevice::copyToPanels(const std::vector<HostTensor>& parts, bool asTheyLi
           columns[i] = target;
         }
       }
-      packColumns(columns, weight.dtype, weight.in, count, panels + first * weight.steps());
+      packColumns(columns, weight.dtype, weight.in, count, panels + first * weight.panels.steps());
     }
+  }
+}
+
+void CpuDevice::addGradPanels(CpuWeight& weight, const std::string& purpose) {
+  Panels turned{nullptr, computeType_, weight.out, weight.in};
+  weight.gradCopy = weightPages_.take(*this, turned.bytes(), purpose);
+  weight.bytes += turned.bytes();
+  copyBudget_ -= turned.bytes();
+  auto* panels = reinterpret_cast<float*>(weight.gradCopy.get());
+  turned.data = panels;
+  weight.gradPanels = turned;
+#pragma omp parallel for num_threads(threads_) schedule(static)
+  for (int64_t col = 0; col < turned.cols; col += panelCols) {
+    turnPanels(typed(), weight.panels, 0, turned.depth, col, turned.width(col), panels + col * turned.steps());
   }
 }
 

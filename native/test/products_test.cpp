@@ -46,14 +46,13 @@ DEVICE_TEST_CASE(
                             Shape{250, 96, 130, 40, 8, false}, Shape{30, 4131, 21, 12, 3}, Shape{17, 20, 4101, 22, 2}}) {
     for (const DType type : {DType::f32, DType::bf16}) {
       for (const DType fileType : {type, DType::bf16}) {
-        for (const size_t copyBudget : {size_t{0}, size_t{1} << 30}) {
-          if (copyBudget == 0 && !tested.onCpu()) continue;
+        for (const WeightLayout layout : weightLayouts(tested)) {
           const auto [rows, in, firstOut, secondOut, rank, bothAdapted] = shape;
           const int64_t k = bothAdapted ? 2 * rank : rank;
           CAPTURE(nameOf(type));
           CAPTURE(rows);
           CAPTURE(in);
-          const auto device = tested.make(type, 2, copyBudget);
+          const auto device = tested.make(type, layout);
           const int64_t out = firstOut + secondOut, room = device->lowRankRoom();
           TestMatrix first(*device, fileType, firstOut, in), second(*device, fileType, secondOut, in),
               x(*device, type, rows, in, room), down(*device, type, rows, k), factors(*device, type, rank, out),
@@ -163,6 +162,32 @@ TEST_CASE("products with weights have the same bits for any number of threads" *
       results.push_back(y.bits());
     }
     CHECK(results[0] == results[1]);
+  }
+}
+
+DEVICE_TEST_CASE("products with weights laid out once have the same bits") {
+  const uint64_t seed = freshSeed();
+  CAPTURE(seed);
+  const int64_t rows = 150, in = 131, firstOut = 97, out = 5100;
+  for (const DType type : {DType::f32, DType::bf16}) {
+    for (const DType fileType : {DType::f32, DType::bf16}) {
+      std::vector<std::vector<unsigned char>> results;
+      for (const WeightLayout layout : {WeightLayout::copied, WeightLayout::prepacked}) {
+        std::mt19937_64 random(seed);
+        const auto device = tested.make(type, layout);
+        TestMatrix first(*device, fileType, firstOut, in), second(*device, fileType, out - firstOut, in),
+            x(*device, type, rows, in, device->lowRankRoom()), dy(*device, type, rows, out, device->lowRankRoom());
+        TestMatrix y(*device, DType::f32, rows, out), dx(*device, DType::f32, rows, in);
+        for (TestMatrix* matrix : {&first, &second, &x, &dy}) matrix->randomize(random);
+        const auto weight =
+            device->prepare({hostTensor(first, "first"), hostTensor(second, "second")}, {true, true, false, true});
+        device->linear(x.view(), *weight, nullptr, nullptr, nullptr, nullptr, y.view());
+        device->linearInputGrad(dy.view(), *weight, nullptr, nullptr, dx.view());
+        results.push_back(y.bits());
+        results.back().insert(results.back().end(), dx.bits().begin(), dx.bits().end());
+      }
+      CHECK((results[0] == results[1]));
+    }
   }
 }
 
@@ -400,10 +425,12 @@ DEVICE_TEST_CASE("headLoss gives cross-entropies and their gradient over several
   CAPTURE(seed);
   std::mt19937_64 random(seed);
   for (const DType type : {DType::f32, DType::bf16}) {
-    const auto device = tested.make(type);
-    checkHeadLoss(*device, type, random, 192, 24, 157);
-    checkHeadLoss(*device, type, random, 70, 9, 8301);                          // tiles of the vocabulary, the last one narrow
-    checkHeadLoss(*device, type, random, 64, 24, 4500, Target::likeliest, 40);  // little is left beside the target
+    for (const WeightLayout layout : weightLayouts(tested)) {
+      const auto device = tested.make(type, layout);
+      checkHeadLoss(*device, type, random, 192, 24, 157);
+      checkHeadLoss(*device, type, random, 70, 9, 8301);                          // tiles of the vocabulary, the last one narrow
+      checkHeadLoss(*device, type, random, 64, 24, 4500, Target::likeliest, 40);  // little is left beside the target
+    }
   }
 }
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "core/profiled_device.h"
 #include "model/decoder.h"
 #include "test_device.h"
 
@@ -51,7 +52,9 @@ class RandomCheckpoint {
   ~RandomCheckpoint() { std::remove(path.c_str()); }
 
   std::unique_ptr<Decoder> load(const TestDevice& tested, DType type = DType::f32, bool profile = false) const {
-    return load(tested.make(type, 2, size_t{1} << 28, profile));
+    auto device = tested.make(type);
+    if (profile) device = std::make_unique<ProfiledDevice>(std::move(device));
+    return load(std::move(device));
   }
   std::unique_ptr<Decoder> load(std::unique_ptr<Device> device) const {
     return std::make_unique<Decoder>(spec, tensors, std::move(device), [](int64_t, int64_t) {});

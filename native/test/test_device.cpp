@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <sstream>
 
-#include "core/profiled_device.h"
 #include "guarded_device.h"
 
 namespace lora_da::test {
@@ -13,15 +12,15 @@ bool TestDevice::onCpu() const {
   return name == "cpu" || name == "guarded-cpu";
 }
 
-std::unique_ptr<Device> TestDevice::make(DType computeType, int threads, size_t copyBudget, bool profile) const {
+std::unique_ptr<Device> TestDevice::make(DType computeType, WeightLayout layout, int threads) const {
   DeviceOptions options;
   options.device = onCpu() ? "cpu" : name;
   options.computeType = computeType;
   options.threads = threads;
-  options.copyBudget = copyBudget;
+  options.copyBudget = layout == WeightLayout::mapped ? 0 : size_t{1} << 30;
+  options.prepack = layout == WeightLayout::prepacked;
   std::unique_ptr<Device> device = makeDevice(options);
   if (name == "guarded-cpu") device = std::make_unique<GuardedDevice>(std::move(device));
-  if (profile) device = std::make_unique<ProfiledDevice>(std::move(device));
   return device;
 }
 
@@ -34,6 +33,11 @@ const std::vector<TestDevice>& devices() {
     return result;
   }();
   return listed;
+}
+
+std::vector<WeightLayout> weightLayouts(const TestDevice& tested) {
+  if (!tested.onCpu()) return {WeightLayout::copied};
+  return {WeightLayout::mapped, WeightLayout::copied, WeightLayout::prepacked};
 }
 
 doctest::skip cpuOnly(const char*, bool possible) {

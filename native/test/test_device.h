@@ -17,20 +17,25 @@
 
 namespace lora_da::test {
 
+// Where weights lie: as in the file, copied as the device likes it, or laid out for each product.
+enum class WeightLayout { mapped, copied, prepacked };
+
 // A device that the tests run on. LORA_DA_TEST_DEVICES lists them by name, separated by commas: cpu (the default), guarded-cpu
 // (guarded_device.h), or what --device takes.
 struct TestDevice {
   std::string name;
 
-  // Computes on the CPU, where the number of threads and the budget for packed weights mean something.
+  // Computes on the CPU, where the number of threads and layouts of weights mean something.
   bool onCpu() const;
   // Replays what recorded() has seen before.
   bool replays() const { return name != "cpu"; }
-  std::unique_ptr<Device> make(DType computeType, int threads = 2, size_t copyBudget = size_t{1} << 30,
-                               bool profile = false) const;
+  std::unique_ptr<Device> make(DType computeType, WeightLayout layout = WeightLayout::copied, int threads = 2) const;
 };
 
 const std::vector<TestDevice>& devices();
+
+// Layouts that the device tells apart, from the one that takes the least memory on.
+std::vector<WeightLayout> weightLayouts(const TestDevice& tested);
 
 template <class Body>
 void forEachDevice(Body body) {
@@ -55,7 +60,7 @@ doctest::skip cpuOnly(const char* reason, bool possible = true);
 
 // The device of such a test case.
 inline std::unique_ptr<Device> cpuDevice(DType computeType, int threads = 2) {
-  return TestDevice{"cpu"}.make(computeType, threads);
+  return TestDevice{"cpu"}.make(computeType, WeightLayout::copied, threads);
 }
 
 // Whether large cases are left out: where LORA_DA_TEST_SMALL is set, as it is for a simulated device, which takes its time.
