@@ -33,12 +33,12 @@ struct Matrix {
   T* as() const {
     return static_cast<T*>(data);
   }
-  Matrix columns(int64_t first, int64_t count) const {
-    return {static_cast<char*>(data) + first * static_cast<int64_t>(sizeOf(dtype)), dtype, rows, count, stride};
+  // Where an element lies.
+  char* at(int64_t row, int64_t col = 0) const {
+    return static_cast<char*>(data) + (row * stride + col) * static_cast<int64_t>(sizeOf(dtype));
   }
-  Matrix rowRange(int64_t first, int64_t count) const {
-    return {static_cast<char*>(data) + first * stride * static_cast<int64_t>(sizeOf(dtype)), dtype, count, cols, stride, room};
-  }
+  Matrix columns(int64_t first, int64_t count) const { return {at(0, first), dtype, rows, count, stride}; }
+  Matrix rowRange(int64_t first, int64_t count) const { return {at(first), dtype, count, cols, stride, room}; }
 };
 
 // Device memory, freed with its owner.

@@ -46,7 +46,7 @@ void CpuDevice::attention(const Matrix& q, const Matrix& k, const Matrix& v, con
   for (int64_t i = 0; i < taskCount; ++i) {
     const AttentionTask& task = tasks[i];
     float* own = reinterpret_cast<float*>(memory + taskBytes + threadBytes * static_cast<size_t>(omp_get_thread_num()));
-    kernels.attentionGroup(groupOf(task, q, k, v, shape), elementOf(out, task.firstRow, queryColumn(task, shape)), out.stride,
+    kernels.attentionGroup(groupOf(task, q, k, v, shape), out.at(task.firstRow, queryColumn(task, shape)), out.stride,
                            lseOf(lse, task, shape), shape.heads, own);
   }
 
@@ -72,9 +72,9 @@ void CpuDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matri
     for (int64_t item = 0; item < parts * shape.kvHeads; ++item) {
       const int64_t part = item / shape.kvHeads, kvHead = item % shape.kvHeads, row = first + part * partRows;
       CachedAttention attention;
-      attention.q = elementOf(q, 0, kvHead * group * shape.headDim);
-      attention.keys = elementOf(keys, row, kvHead * shape.headDim);
-      attention.values = elementOf(values, row, kvHead * shape.headDim);
+      attention.q = q.at(0, kvHead * group * shape.headDim);
+      attention.keys = keys.at(row, kvHead * shape.headDim);
+      attention.values = values.at(row, kvHead * shape.headDim);
       attention.keyStride = keys.stride;
       attention.valueStride = values.stride;
       attention.rows = std::min(partRows, keys.rows - row);
@@ -85,8 +85,7 @@ void CpuDevice::attentionCached(const Matrix& q, const Matrix& keys, const Matri
     }
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < shape.heads; ++head) {
-      kernels.mergeCached(results + head * floats, parts, shape.heads * floats, shape.headDim,
-                          elementOf(out, 0, head * shape.headDim));
+      kernels.mergeCached(results + head * floats, parts, shape.heads * floats, shape.headDim, out.at(0, head * shape.headDim));
     }
   }
 }

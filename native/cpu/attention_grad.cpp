@@ -58,8 +58,8 @@ struct GradPlan {
     const int64_t width = attentionRowWidth(shape.headDim), column = int64_t{task.kvHead} * shape.headDim;
     const float* valuePart = part + partFloats(task);
     for (int64_t i = 0; i < task.length; ++i) {
-      fromFloat(part + i * width, elementOf(dk, task.firstRow + i, column), shape.headDim);
-      fromFloat(valuePart + i * width, elementOf(dv, task.firstRow + i, column), shape.headDim);
+      fromFloat(part + i * width, dk.at(task.firstRow + i, column), shape.headDim);
+      fromFloat(valuePart + i * width, dv.at(task.firstRow + i, column), shape.headDim);
     }
   }
 
@@ -104,8 +104,8 @@ struct PartSum {
       kernels.addRow(part, keySum, headDim);
       kernels.addRow(part + plan.partFloats(task), valueSum, headDim);
     }
-    fromFloat(keySum, elementOf(dk, keyHead.firstRow + i, keyHead.kvHead * headDim), headDim);
-    fromFloat(valueSum, elementOf(dv, keyHead.firstRow + i, keyHead.kvHead * headDim), headDim);
+    fromFloat(keySum, dk.at(keyHead.firstRow + i, keyHead.kvHead * headDim), headDim);
+    fromFloat(valueSum, dv.at(keyHead.firstRow + i, keyHead.kvHead * headDim), headDim);
   }
 };
 
@@ -183,10 +183,9 @@ void CpuDevice::attentionGrad(const Matrix& q, const Matrix& k, const Matrix& v,
         const int64_t partFloats = plan.partFloats(task);
         float* part = task.part == noPart ? own : parts + task.part;
         float* scratch = task.part == noPart ? own + 2 * partFloats : own;
-        kernels.attentionGroupGrad(groupOf(task, q, k, v, shape), elementOf(out, task.firstRow, column),
-                                   elementOf(dout, task.firstRow, column), out.stride, dout.stride, lseOf(lse, task, shape),
-                                   shape.heads, elementOf(dq, task.firstRow, column), dq.stride, part, part + partFloats,
-                                   scratch);
+        kernels.attentionGroupGrad(groupOf(task, q, k, v, shape), out.at(task.firstRow, column), dout.at(task.firstRow, column),
+                                   out.stride, dout.stride, lseOf(lse, task, shape), shape.heads, dq.at(task.firstRow, column),
+                                   dq.stride, part, part + partFloats, scratch);
         if (task.part == noPart) plan.storeKeyGrads(task, kernels_, part, dk, dv);
       }
       for (int64_t i = 0; i < keyHeadCount; ++i) {

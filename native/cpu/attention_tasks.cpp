@@ -61,9 +61,9 @@ AttentionGroup groupOf(const AttentionTask& task, const Matrix& q, const Matrix&
                        const AttentionShape& shape) {
   const int64_t kvColumn = int64_t{task.kvHead} * shape.headDim;
   AttentionGroup group = groupOf(task, shape);
-  group.q = elementOf(q, task.firstRow, queryColumn(task, shape));
-  group.k = elementOf(k, task.firstRow, kvColumn);
-  group.v = elementOf(v, task.firstRow, kvColumn);
+  group.q = q.at(task.firstRow, queryColumn(task, shape));
+  group.k = k.at(task.firstRow, kvColumn);
+  group.v = v.at(task.firstRow, kvColumn);
   group.qStride = q.stride;
   group.kStride = k.stride;
   group.vStride = v.stride;
@@ -76,7 +76,7 @@ int64_t queryColumn(const AttentionTask& task, const AttentionShape& shape) {
 
 void zeroPadding(const Matrix& m, int64_t firstRow) {
   for (int64_t i = firstRow; i < m.rows; ++i) {
-    std::memset(elementOf(m, i, 0), 0, static_cast<size_t>(m.cols) * sizeOf(m.dtype));
+    std::memset(m.at(i, 0), 0, static_cast<size_t>(m.cols) * sizeOf(m.dtype));
   }
 }
 

@@ -46,10 +46,6 @@ Float* lseOf(Float* lse, const AttentionTask& task, const AttentionShape& shape)
   return lse + task.firstRow * shape.heads + int64_t{task.kvHead} * (shape.heads / shape.kvHeads);
 }
 
-inline char* elementOf(const Matrix& m, int64_t row, int64_t col) {
-  return m.as<char>() + (row * m.stride + col) * static_cast<int64_t>(sizeOf(m.dtype));
-}
-
 // Rows from firstRow on.
 void zeroPadding(const Matrix& m, int64_t firstRow);
 

@@ -18,6 +18,9 @@ set(KERNEL_SOURCES native/cpu/kernels/elementwise_kernels.cpp native/cpu/kernels
     native/cpu/kernels/product_kernels.cpp native/cpu/kernels/moment_kernels.cpp
     native/cpu/kernels/softmax_kernels.cpp native/cpu/kernels/table.cpp)
 set(KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd)
+if(LORA_DA_SANITIZE)
+  list(APPEND KERNEL_FLAGS -O1)  # instrumented, tiles in registers take the compiler minutes a file from -O2 on
+endif()
 function(add_kernels isa)
   add_library(kernels_${isa} OBJECT ${KERNEL_SOURCES})
   target_include_directories(kernels_${isa} PRIVATE native)

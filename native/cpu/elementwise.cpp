@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "cpu/cache_lines.h"
 #include "cpu/cpu_device.h"
 #include "cpu/cpu_weight.h"
 
@@ -11,9 +12,6 @@ namespace lora_da::cpu {
 
 namespace {
 
-char* rowOf(const Matrix& m, int64_t i) {
-  return m.as<char>() + i * m.stride * static_cast<int64_t>(sizeOf(m.dtype));
-}
 float* floatRow(const Matrix& m, int64_t i) {
   return m.as<float>() + i * m.stride;
 }
@@ -21,9 +19,7 @@ float* floatRow(const Matrix& m, int64_t i) {
 // Asks the second-level cache for a row that is worked on soon: prefetchers begin anew with every short row.
 constexpr int64_t rowsAhead = 4;
 void askForRow(const Matrix& m, int64_t i) {
-  constexpr int64_t line = 64;
-  const char* row = rowOf(m, i);
-  for (int64_t at = 0; at < m.cols * static_cast<int64_t>(sizeOf(m.dtype)); at += line) __builtin_prefetch(row + at, 0, 2);
+  askFor(m.at(i), m.cols * static_cast<int64_t>(sizeOf(m.dtype)));
 }
 
 // body(i) for each row, split evenly and in order among the threads.
@@ -75,21 +71,20 @@ void CpuDevice::embed(const int32_t* ids, const Weight& table, float scale, cons
 
 void CpuDevice::rmsNorm(const Matrix& x, const float* weight, float epsilon, const Matrix& y, float* rstd, const Matrix* kept) {
   const auto rmsNorm = of(kernels_, y.dtype).rmsNorm;
-  overRows(x.rows, threads_, [&](int64_t i) {
-    rstd[i] = rmsNorm(floatRow(x, i), weight, epsilon, rowOf(y, i), kept ? rowOf(*kept, i) : nullptr, x.cols);
-  });
+  overRows(x.rows, threads_,
+           [&](int64_t i) { rstd[i] = rmsNorm(floatRow(x, i), weight, epsilon, y.at(i), kept ? kept->at(i) : nullptr, x.cols); });
 }
 
 void CpuDevice::rmsNormApply(const Matrix& x, const float* rstd, const float* weight, const Matrix& y) {
   const auto rmsNormApply = of(kernels_, y.dtype).rmsNormApply;
-  overRows(x.rows, threads_, [&](int64_t i) { rmsNormApply(rowOf(x, i), rstd[i], weight, rowOf(y, i), x.cols); });
+  overRows(x.rows, threads_, [&](int64_t i) { rmsNormApply(x.at(i), rstd[i], weight, y.at(i), x.cols); });
 }
 
 void CpuDevice::rmsNormGrad(const Matrix& x, const float* rstd, const float* weight, const Matrix& dy, const Matrix& dx,
                             const Matrix* rounded) {
   const auto rmsNormGrad = of(kernels_, x.dtype).rmsNormGrad;
   overRows(x.rows, threads_, [&](int64_t i) {
-    rmsNormGrad(rowOf(x, i), rstd[i], weight, floatRow(dy, i), floatRow(dx, i), rounded ? rowOf(*rounded, i) : nullptr, x.cols);
+    rmsNormGrad(x.at(i), rstd[i], weight, floatRow(dy, i), floatRow(dx, i), rounded ? rounded->at(i) : nullptr, x.cols);
   });
 }
 
@@ -100,7 +95,7 @@ void CpuDevice::rope(const Matrix& in, int32_t heads, int32_t headDim, const Hea
   overRows(in.rows, threads_, [&](int64_t i) {
     const int64_t at = positions[i] * rotary.pairs;
     askForRow(in, i + rowsAhead);
-    rope(rowOf(in, i), heads, headDim, norm.weight, norm.epsilon, rotary.cos + at, rotary.sin + at, rotary.pairs, rowOf(out, i),
+    rope(in.at(i), heads, headDim, norm.weight, norm.epsilon, rotary.cos + at, rotary.sin + at, rotary.pairs, out.at(i),
          norm.weight ? rstd + i * heads : nullptr);
   });
 }
@@ -112,7 +107,7 @@ void CpuDevice::ropeGrad(const Matrix& d, const Matrix& in, int32_t heads, int32
   overRows(d.rows, threads_, [&](int64_t i) {
     const int64_t at = positions[i] * rotary.pairs;
     askForRow(d, i + rowsAhead);
-    ropeGrad(rowOf(d, i), norm.weight ? rowOf(in, i) : nullptr, heads, headDim, norm.weight, rotary.cos + at, rotary.sin + at,
+    ropeGrad(d.at(i), norm.weight ? in.at(i) : nullptr, heads, headDim, norm.weight, rotary.cos + at, rotary.sin + at,
              rotary.pairs, norm.weight ? rstd + i * heads : nullptr);
   });
 }
@@ -120,23 +115,22 @@ void CpuDevice::ropeGrad(const Matrix& d, const Matrix& in, int32_t heads, int32
 void CpuDevice::gatedMlp(const Matrix& gateUp, Activation activation, const Matrix& h) {
   const auto gatedMlp = of(kernels_, h.dtype).gatedMlp;
   const Matrix up = gateUp.columns(h.cols, h.cols);
-  overRows(h.rows, threads_, [&](int64_t i) { gatedMlp(rowOf(gateUp, i), rowOf(up, i), activation, rowOf(h, i), h.cols); });
+  overRows(h.rows, threads_, [&](int64_t i) { gatedMlp(gateUp.at(i), up.at(i), activation, h.at(i), h.cols); });
 }
 
 void CpuDevice::gatedMlpGrad(const Matrix& gateUp, Activation activation, const Matrix& dh, const Matrix& h) {
   const auto gatedMlpGrad = of(kernels_, dh.dtype).gatedMlpGrad;
   const Matrix up = gateUp.columns(dh.cols, dh.cols);
-  overRows(dh.rows, threads_,
-           [&](int64_t i) { gatedMlpGrad(rowOf(gateUp, i), rowOf(up, i), activation, rowOf(dh, i), rowOf(h, i), dh.cols); });
+  overRows(dh.rows, threads_, [&](int64_t i) { gatedMlpGrad(gateUp.at(i), up.at(i), activation, dh.at(i), h.at(i), dh.cols); });
 }
 
 void CpuDevice::gatherRows(const Matrix& x, const int32_t* index, const Matrix& y) {
   const size_t bytes = static_cast<size_t>(y.cols) * sizeOf(y.dtype);
   overRows(y.rows, threads_, [&](int64_t i) {
     if (index[i] < 0)
-      std::memset(rowOf(y, i), 0, bytes);
+      std::memset(y.at(i), 0, bytes);
     else
-      std::memcpy(rowOf(y, i), rowOf(x, index[i]), bytes);
+      std::memcpy(y.at(i), x.at(index[i]), bytes);
   });
 }
 
@@ -149,14 +143,13 @@ void CpuDevice::scatterAddRows(const Matrix& x, const int32_t* index, const Matr
 
 void CpuDevice::convert(const Matrix& x, const Matrix& y) {
   if (x.dtype == y.dtype) {
-    overRows(x.rows, threads_,
-             [&](int64_t i) { std::memcpy(rowOf(y, i), rowOf(x, i), static_cast<size_t>(x.cols) * sizeOf(x.dtype)); });
+    overRows(x.rows, threads_, [&](int64_t i) { std::memcpy(y.at(i), x.at(i), static_cast<size_t>(x.cols) * sizeOf(x.dtype)); });
   } else if (x.dtype == DType::f32) {
     const auto fromFloat = of(kernels_, y.dtype).fromFloat;
-    overRows(x.rows, threads_, [&](int64_t i) { fromFloat(floatRow(x, i), rowOf(y, i), x.cols); });
+    overRows(x.rows, threads_, [&](int64_t i) { fromFloat(floatRow(x, i), y.at(i), x.cols); });
   } else if (y.dtype == DType::f32) {
     const auto toFloat = of(kernels_, x.dtype).toFloat;
-    overRows(x.rows, threads_, [&](int64_t i) { toFloat(rowOf(x, i), floatRow(y, i), x.cols); });
+    overRows(x.rows, threads_, [&](int64_t i) { toFloat(x.at(i), floatRow(y, i), x.cols); });
   } else {
     throw Error(code::internal, std::string("cannot convert ") + nameOf(x.dtype) + " to " + nameOf(y.dtype));
   }

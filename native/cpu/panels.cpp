@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/integers.h"
+#include "cpu/cache_lines.h"
 
 namespace lora_da::cpu {
 
@@ -38,12 +39,10 @@ const float* forwardPanel(const TypedKernels& kernels, const CpuWeight& w, int64
   return panel;
 }
 
-// Asks the second-level cache for what turnPanels reads of the panel that starts at `from`.
+// Asks for what turnPanels reads of the panel that starts at `from`.
 void askForColumns(const Panels& panels, int64_t from, int64_t col, int64_t cols) {
-  constexpr int64_t lineFloats = 16;
-  const float* first = panels.panel(from, col);
   const int64_t floats = ceilDiv(cols, panels.stepDepth()) * roundUp(panels.width(from), 16);
-  for (int64_t at = 0; at < floats; at += lineFloats) __builtin_prefetch(first + at, 0, 2);
+  askFor(panels.panel(from, col), floats * static_cast<int64_t>(sizeof(float)));
 }
 
 // The panel of dx = dy W, of which the weight's rows are the depth, from those rows, parts one after the other.
@@ -212,12 +211,10 @@ bool isThere(const TypedKernels& kernels, const PanelJob& job) {
 
 void packMatrixRows(const TypedKernels& kernels, const Matrix& m, int64_t first, int64_t count, int64_t col, int64_t cols,
                     float* panel) {
-  const auto bytes = static_cast<int64_t>(sizeOf(m.dtype));
-  const char* data = m.as<char>() + (first * m.stride + col) * bytes;
   const int64_t whole = count / kernels.stepDepth;
-  kernels.packRows(data, data + m.stride * bytes, m.dtype, kernels.stepDepth * m.stride, whole, cols, panel);
+  kernels.packRows(m.at(first, col), m.at(first + 1, col), m.dtype, kernels.stepDepth * m.stride, whole, cols, panel);
   if (count % kernels.stepDepth != 0) {
-    kernels.packRows(data + (count - 1) * m.stride * bytes, nullptr, m.dtype, 0, 1, cols, panel + whole * roundUp(cols, 16));
+    kernels.packRows(m.at(first + count - 1, col), nullptr, m.dtype, 0, 1, cols, panel + whole * roundUp(cols, 16));
   }
 }
 
@@ -238,9 +235,7 @@ void spreadBlocks(const UpProjection& up, int64_t firstBlock, int64_t col, const
   for (int64_t row = 0; row < spread.rows; ++row) {
     const UpProjection::Block& block = up.blocks[static_cast<size_t>(firstBlock + row / up.rank())];
     const int64_t first = std::max(block.first, col), count = std::min(block.first + block.count, col + spread.cols) - first;
-    const Matrix from = up.factors.rowRange(row % up.rank(), 1).columns(first, count);
-    std::copy_n(from.as<char>(), static_cast<size_t>(count) * bytes,
-                spread.rowRange(row, 1).columns(first - col, count).as<char>());
+    std::copy_n(up.factors.at(row % up.rank(), first), static_cast<size_t>(count) * bytes, spread.at(row, first - col));
   }
 }
 

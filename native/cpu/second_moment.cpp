@@ -104,7 +104,7 @@ Matrix CpuDevice::massiveRowsLast(const Matrix& x, int64_t& ordinary) {
   int64_t nextOrdinary = 0, nextMassive = ordinary;
   for (int64_t i = 0; i < x.rows; ++i) {
     const int64_t place = squares[i] <= most ? nextOrdinary++ : nextMassive++;
-    std::copy_n(x.rowRange(i, 1).as<char>(), layout.rowBytes, ordered.rowRange(place, 1).as<char>());
+    std::copy_n(x.at(i), layout.rowBytes, ordered.at(place));
   }
   return ordered;
 }

@@ -73,10 +73,8 @@ struct KeptSequences {
 
 // What a product may leave in the room behind the rows of its input.
 void spoilRoom(Device&, const Matrix& x) {
-  const size_t width = sizeOf(x.dtype);
   for (int64_t row = 0; row < x.rows; ++row) {
-    char* room = static_cast<char*>(x.data) + static_cast<size_t>(row * x.stride + x.cols) * width;
-    std::memset(room, nanByte, static_cast<size_t>(x.room) * width);
+    std::memset(x.at(row, x.cols), nanByte, static_cast<size_t>(x.room) * sizeOf(x.dtype));
   }
 }
 
