@@ -1,10 +1,11 @@
 /**
  * Times the LoRA-DA start by its parts, in bfloat16 and float32, and gives it as a share of the time that plain training
  * takes over the same tokens in the same process; the collection also as a share of its limit, the matrix products alone (limit.cpp); beside the authors'
- * published code where a checkout of it is named.
+ * published code where peers.sh has fetched it or a checkout is named.
  *
  *     npm run bench:init -- [--model DIR] [--dtype bfloat16,float32] [--rows 32x160,gsm8k,FILE] [--samples 256]
- *                           [--rounds 1] [--steps 4] [--threads 0] [--peer-path CHECKOUT] [--no-limit] [--json]
+ *                           [--rounds 1] [--steps 4] [--threads 0] [--peer-path CHECKOUT] [--no-peer] [--no-limit]
+ *                           [--json]
  *
  * --rows   32x160: 32 samples of 160 random tokens, all labelled; gsm8k or a data file: its first --samples rows.
  * --steps  training steps of 8 rows, after one of warm-up, that the share is taken from.
@@ -30,6 +31,7 @@ import {
   type Peer,
   peerHint,
   positiveInteger,
+  root,
   runMain,
   runNode,
   runPython,
@@ -62,6 +64,10 @@ interface Result {
 
 const batchSize = 8;
 
+/** Where peers.sh puts the authors' code. */
+const authorsCode = join(root, '.peers/LoRA-DA');
+const isCheckout = (folder: string) => existsSync(join(folder, 'lora_da.py'));
+
 function options() {
   const { values } = parseArgs({
     allowNegative: true,
@@ -74,17 +80,19 @@ function options() {
       steps: { type: 'string', default: '4' },
       threads: { type: 'string', default: '0' },
       limit: { type: 'boolean', default: true },
+      peer: { type: 'boolean', default: true },
       'peer-path': { type: 'string' },
       json: { type: 'boolean', default: false },
     },
   });
-  const peerPath = values['peer-path'];
-  if (peerPath !== undefined && !existsSync(join(peerPath, 'lora_da.py'))) {
+  const given = values['peer-path'];
+  if (given !== undefined && !isCheckout(given)) {
     throw new BenchmarkError(
-      `--peer-path ${peerPath} has no lora_da.py: expected a checkout of the authors' repository`,
+      `--peer-path ${given} has no lora_da.py: expected a checkout of the authors' repository`,
       2,
     );
   }
+  const peerPath = given ?? (isCheckout(authorsCode) ? authorsCode : undefined);
   return {
     model: modelFolder(values.model),
     dtypes: dtypeList(values.dtype),
@@ -93,7 +101,7 @@ function options() {
     rounds: positiveInteger('rounds', values.rounds),
     steps: positiveInteger('steps', values.steps),
     threads: nonNegativeInteger('threads', values.threads),
-    peerPath,
+    peerPath: values.peer ? peerPath : undefined,
     limit: values.limit && hasLimit(),
     json: values.json,
   };
@@ -193,7 +201,8 @@ function show({ dtype, tokens, ours, authors, authorsFailure, limits }: Result):
 }
 
 function whyNoPeer(peerPath: string | undefined): string {
-  if (peerPath === undefined) return "peer skipped: name a checkout of the authors' code with --peer-path";
+  if (peerPath === undefined)
+    return "peer skipped: fetch the authors' code with `bash benchmarks/peers.sh`, or name a checkout with --peer-path";
   return `peer skipped: ${peerHint}`;
 }
 
