@@ -1,7 +1,7 @@
 /** Training with lora-da and with PEFT in one run, both from one adapter on the same rows, each side in processes of its own. */
 import type { Dtype } from '../lib/native';
 import { engineThreads, median, type Peer, runNode, runPython } from './harness';
-import type { Inputs, Work } from './inputs';
+import { type Inputs, meanStep, type Work } from './inputs';
 import { type LimitFigures, measureLimit, middleRound } from './limit_program';
 import type { TrainFigures } from './train_ours';
 
@@ -74,14 +74,7 @@ export function measureTraining(
     warmup,
     threads,
   };
-  const stepCount = data.rows / batchSize;
-  const products = {
-    spec: inputs.spec,
-    dtype,
-    tokens: data.tokens / stepCount,
-    labels: data.labelTokens / stepCount,
-    threads: engineThreads(threads),
-  };
+  const products = { spec: inputs.spec, dtype, ...meanStep(work), threads: engineThreads(threads) };
   const limits: LimitFigures[] = [];
   const ours: TrainFigures[] = [];
   const theirs: TrainFigures[] = [];

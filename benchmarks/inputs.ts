@@ -68,6 +68,12 @@ export async function prepareWork(
   return { source, data: await inputs.dataRows(path, batchSize * (warmup + steps)), batchSize };
 }
 
+/** Tokens and labels of its steps on average. */
+export function meanStep({ data, batchSize }: Work): { tokens: number; labels: number } {
+  const steps = data.rows / batchSize;
+  return { tokens: data.tokens / steps, labels: data.labelTokens / steps };
+}
+
 /** A folder of temporary files for one model; removed by {@link Inputs.remove}. */
 export class Inputs {
   readonly #folder = mkdtempSync(join(tmpdir(), 'lora-da-benchmark-'));

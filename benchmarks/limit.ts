@@ -18,7 +18,7 @@ import {
   runMain,
   table,
 } from './harness';
-import { Inputs, prepareWork } from './inputs';
+import { Inputs, meanStep, prepareWork } from './inputs';
 import { hasLimit, type LimitFigures, limitHint, measureLimit } from './limit_program';
 
 /** Of whose mean the products of rows of uneven length are. */
@@ -70,8 +70,7 @@ async function main(): Promise<void> {
   try {
     const work = await prepareWork(inputs, given.rows, { steps: meanOfSteps, warmup: 0, batchSize: given.batchSize });
     if (!work) return console.log(`Rows ${given.rows}: skipped, the data are not here`);
-    const { tokens, labelTokens } = work.data;
-    const step = { tokens: tokens / meanOfSteps, labels: labelTokens / meanOfSteps };
+    const step = meanStep(work);
     const machine = describeMachine(given.threads, undefined);
     const rows = `${given.rows}: ${step.tokens.toFixed(0)} tokens a step, ${step.labels.toFixed(0)} labelled`;
     console.log(heading({ ...machine, model: describeModel(inputs), rows }));

@@ -26,7 +26,7 @@ import {
   runMain,
   table,
 } from './harness';
-import { Inputs, prepareWork, type Work } from './inputs';
+import { Inputs, meanStep, prepareWork, type Work } from './inputs';
 import { hasLimit, limitHint } from './limit_program';
 
 function options() {
@@ -89,8 +89,9 @@ function show(result: TrainingResult): string {
   return [table(cells), ...difference, ...share].join('\n');
 }
 
-function describeWork({ source, data, batchSize }: Work, { steps, rounds, warmup }: Options): string {
-  const perStep = Math.round(data.tokens / (data.rows / batchSize));
+function describeWork(work: Work, { steps, rounds, warmup }: Options): string {
+  const { source, data, batchSize } = work;
+  const perStep = Math.round(meanStep(work).tokens);
   return (
     `Rows ${source}: ${batchSize} a step, ${perStep} real tokens (${((100 * data.labelTokens) / data.tokens).toFixed(0)} % labelled), ` +
     `longest row ${data.longest}; ${rounds} rounds of ${steps} steps after ${warmup} of warm-up`

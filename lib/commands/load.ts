@@ -18,7 +18,7 @@ interface DataFlags {
 
 /** Loads the model of a command, uses it, and frees it whatever happens. */
 export async function withModel<T>(
-  { model: directory, dtype, device, threads, prepack }: ModelFlags,
+  { model: directory, dtype, device, threads, prepack = false }: ModelFlags,
   { signal, progress }: CommandContext,
   use: (model: CausalLM) => Promise<T>,
 ): Promise<T> {
@@ -27,7 +27,7 @@ export async function withModel<T>(
     dtype,
     device,
     threads,
-    ...(prepack === undefined ? {} : { prepack }),
+    prepack,
     signal,
     onProgress: (done, total) => {
       if (!started) progress.begin('loading', total);

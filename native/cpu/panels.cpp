@@ -77,6 +77,18 @@ int64_t blockOf(const PanelJob& job) {
   return job.product.floatOutput ? std::min(depthBlock, job.product.depth) : job.product.depth;
 }
 
+// The panel of dx = dy W: as it is kept, or in `panel`.
+const float* inputGradPanel(const TypedKernels& kernels, const CpuWeight& w, int64_t depth, int64_t depths, int64_t col,
+                            int64_t cols, float* panel) {
+  if (w.gradPanels.data) return w.gradPanels.panel(col, depth);
+  if (w.panels.data) {
+    turnPanels(kernels, w.panels, depth, depths, col, cols, panel);
+  } else {
+    packInputGrad(kernels, w, depth, depths, col, cols, panel);
+  }
+  return panel;
+}
+
 // How work is cut. Cuts change no sum: each element of y is made by one thread, its depth in order.
 struct Cuts {
   struct Unit {
@@ -158,16 +170,8 @@ class PanelWorker {
   void layOut(int64_t depth, int64_t depths, int64_t col, int64_t cols, bool last) {
     const CpuWeight& weight = job_.weight;
     const int64_t output = job_.firstOutput;
-    laid_ = memory_;
-    if (job_.side == PanelJob::Side::forward) {
-      laid_ = forwardPanel(kernels_, weight, depth, depths, output + col, cols, memory_);
-    } else if (weight.gradPanels.data) {
-      laid_ = weight.gradPanels.panel(col, output + depth);
-    } else if (weight.panels.data) {
-      turnPanels(kernels_, weight.panels, output + depth, depths, col, cols, memory_);
-    } else {
-      packInputGrad(kernels_, weight, output + depth, depths, col, cols, memory_);
-    }
+    laid_ = job_.side == PanelJob::Side::forward ? forwardPanel(kernels_, weight, depth, depths, output + col, cols, memory_)
+                                                 : inputGradPanel(kernels_, weight, output + depth, depths, col, cols, memory_);
     lowRankFirst_ = lowRankDepth_ = 0;
     if (last && job_.up) layOutUp(*job_.up, col, cols);
     if (last && job_.a) {

@@ -6,13 +6,14 @@
 #include <string>
 
 #include "core/device.h"
+#include "cpu/cache_lines.h"
 
 namespace lora_da::cpu {
 
 class WeightPages {
  public:
   std::shared_ptr<char> take(Device& device, size_t bytes, const std::string& purpose) {
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    const size_t rounded = cacheLines(bytes);
     if (block_ && block_.use_count() == 1) used_ = 0;
     if (!block_ || rounded > size_ - used_) {
       size_ = rounded > blockBytes ? rounded : blockBytes;
@@ -25,7 +26,6 @@ class WeightPages {
   }
 
  private:
-  static constexpr size_t alignment = 64;
   static constexpr size_t blockBytes = size_t{64} << 20;  // what is not used of the last one is never touched
 
   std::shared_ptr<Buffer> block_;

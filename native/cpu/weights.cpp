@@ -12,6 +12,18 @@
 
 namespace lora_da::cpu {
 
+namespace {
+
+// What a weight's panels in that type will be, as y = x W^T and as dx = dy W read them.
+Panels forwardPanels(const CpuWeight& weight, DType type) {
+  return {nullptr, type, weight.in, weight.out};
+}
+Panels inputGradPanels(const CpuWeight& weight, DType type) {
+  return {nullptr, type, weight.out, weight.in};
+}
+
+}  // namespace
+
 bool CpuDevice::hasPanels() const {
   return typed().multiplyPanel != nullptr && !(computeType_ == DType::bf16 && hasMatrixTiles());
 }
@@ -30,7 +42,7 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
   const bool readable = fileType == computeType_ || (hasPanels() && fileType == DType::bf16 && !prepacked);
   const bool asTheyLie = alike && readable && (hasPanels() || parts.size() == 1);
   weight->dtype = asTheyLie ? fileType : computeType_;
-  const Panels panels{nullptr, weight->dtype, weight->in, weight->out};
+  const Panels panels = forwardPanels(*weight, weight->dtype);
   weight->bytes = hasPanels() ? panels.bytes() : static_cast<size_t>(weight->out) * weight->rowBytes();
   if (asTheyLie && !(hasPanels() && weight->bytes <= copyBudget_)) {
     weight->bytes = static_cast<size_t>(weight->out) * weight->rowBytes();
@@ -54,8 +66,8 @@ std::unique_ptr<Weight> CpuDevice::prepare(const std::vector<HostTensor>& parts,
 }
 
 bool CpuDevice::fitsPrepacked(const CpuWeight& weight, WeightUses uses) const {
-  const Panels forward{nullptr, computeType_, weight.in, weight.out}, inputGrad{nullptr, computeType_, weight.out, weight.in};
-  return prepack_ && hasPanels() && forward.bytes() + (uses.inputGrad ? inputGrad.bytes() : 0) <= copyBudget_;
+  const size_t backward = uses.inputGrad ? inputGradPanels(weight, computeType_).bytes() : 0;
+  return prepack_ && hasPanels() && forwardPanels(weight, computeType_).bytes() + backward <= copyBudget_;
 }
 
 void CpuDevice::readWeightRow(const CpuWeight& weight, int64_t output, float* x) const {
@@ -122,7 +134,7 @@ void CpuDevice::copyToPanels(const std::vector<HostTensor>& parts, bool asTheyLi
 }
 
 void CpuDevice::addGradPanels(CpuWeight& weight, const std::string& purpose) {
-  Panels turned{nullptr, computeType_, weight.out, weight.in};
+  Panels turned = inputGradPanels(weight, computeType_);
   weight.gradCopy = weightPages_.take(*this, turned.bytes(), purpose);
   weight.bytes += turned.bytes();
   copyBudget_ -= turned.bytes();
